@@ -6,47 +6,119 @@
 __all__ = ['LAYER_SPECS', 'BACKBONES', 'NECKS', 'HEADS', 'DETECTORS', 'ROI_EXTRACTORS', 'SHARED_HEADS', 'LOSSES',
            'BBOX_ASSIGNERS', 'BBOX_SAMPLERS', 'BBOX_CODERS', 'IOU_CALCULATORS', 'MATCH_COST', 'PRIOR_GENERATORS',
            'PLUGIN_LAYERS', 'PIPELINES', 'DATASETS', 'HOOKS', 'RUNNERS', 'OPTIMIZERS', 'POSTPROCESS',
-           'ANCHOR_GENERATORS', 'is_spec', 'Registry']
+           'ANCHOR_GENERATORS', 'nearest', 'is_spec', 'place_of', 'call', 'find_in_index', 'Registry']
 
 # %% ../../nbs/01_core/00_registry.ipynb #41a546d0
-import importlib
+import difflib, importlib, inspect
 from .._modidx import d as _index
 
-# %% ../../nbs/01_core/00_registry.ipynb #a639d498
-LAYER_SPECS = {'dcn', 'sac', 'plugins', 'nms'}
-def is_spec(key): return key in LAYER_SPECS or key.endswith('_cfg')
+# %% ../../nbs/01_core/00_registry.ipynb #b68e4875
+def nearest(
+    name,   # what was written
+    names,  # what there is
+)->str:     # `'; did you mean ...?'`, or the whole list if nothing is near
+    "What somebody probably meant."
+    names = sorted(map(str, names))
+    low = {n.lower(): n for n in names}
+    near = [low[n] for n in difflib.get_close_matches(str(name).lower(), low, 3, .6)]
+    if near: return '; did you mean ' + ' or '.join(map(repr, near)) + '?'
+    return '; there is ' + ', '.join(names[:40]) if names else ''
 
-# %% ../../nbs/01_core/00_registry.ipynb #a0c87946
+# %% ../../nbs/01_core/00_registry.ipynb #6bd6d64f
+LAYER_SPECS = {'dcn', 'sac', 'plugins', 'nms'} # keys of recipes besides `*_cfg`
+
+def is_spec(
+    key, # of a config
+)->bool: # True: the value stays a dict
+    "Does this key hold a recipe for layers, not a part?"
+    return key in LAYER_SPECS or str(key).endswith('_cfg')
+
+# %% ../../nbs/01_core/00_registry.ipynb #5997f9a8
+def place_of(
+    obj, # class or function
+)->str:  # `module.Name`
+    "Where something was defined."
+    return f'{obj.__module__}.{obj.__qualname__}'
+
+# %% ../../nbs/01_core/00_registry.ipynb #65c8261f
+def call(
+    cls,   # class or function
+    kw,    # its keyword arguments
+    where, # path in the config, for the message
+):         # what it gives
+    "Call with keywords; unknown and missing ones get a sentence."
+    at = f' (at {where})' if where else ''
+    try: sig = inspect.signature(cls)
+    except (TypeError, ValueError): return cls(**kw)
+    names,free = list(sig.parameters),any(p.kind is p.VAR_KEYWORD for p in sig.parameters.values())
+    for k in kw:
+        if k not in names and not free: raise TypeError(f'{cls.__name__}{at} has no setting {k!r}{nearest(k, names)}')
+    missing = [n for n,p in sig.parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in kw]
+    if missing: raise TypeError(f'{cls.__name__}{at} needs {", ".join(map(repr, missing))}')
+    return cls(**kw)
+
+# %% ../../nbs/01_core/00_registry.ipynb #7fcdcd72
+def find_in_index(
+    name, # of a class or function
+)->list:  # modules that define it
+    "Modules of the book that define a name."
+    return [mod for mod,syms in _index['syms'].items() if f'{mod}.{name}' in syms]
+
+# %% ../../nbs/01_core/00_registry.ipynb #22e8e89a
 class Registry(dict):
     "A `dict` from type name to class or function."
     everything = []
-    def __init__(self, name): super().__init__(); self.name = name; Registry.everything.append(self)
+    def __init__(self,
+        name:str, # what it holds, for messages
+    ):
+        super().__init__()
+        self.name = name
+        Registry.everything.append(self)
 
-    def register_module(self, name=None, force=False, module=None):
-        if callable(name): return self._add(name, None)
-        if module is not None: return self._add(module, name)
-        return lambda cls: self._add(cls, name)
+    def register_module(self,
+        name=None,   # another name, a list of names, or (as a bare decorator) the class itself
+        force=False, # replace a different class of that name
+        module=None, # the class, if not used as a decorator
+    ):               # the class, or a decorator
+        "Add a class or function under its name."
+        if callable(name): return self._add(name, None, force)
+        if module is not None: return self._add(module, name, force)
+        return lambda cls: self._add(cls, name, force)
 
-    def _add(self, cls, name):
-        for n in ([name] if isinstance(name, str) else name or [cls.__name__]): self[n] = cls
+    def _add(self, cls, name, force):
+        for n in [name] if isinstance(name, str) else name or [cls.__name__]:
+            old = self.get(n)
+            if old is not None and not force and place_of(old) != place_of(cls) and '__main__' not in (old.__module__, cls.__module__):
+                raise KeyError(f'{n!r} is already a {self.name}: {place_of(old)}; {place_of(cls)} wants the same name. Rename one, or pass force=True')
+            self[n] = cls
         return cls
 
-    def find(self, name):
-        for r in [self, *Registry.everything]:
-            if name in r: return r[name]
-        for mod,syms in _index['syms'].items():
-            if f'{mod}.{name}' in syms: importlib.import_module(mod)
-        for r in [self, *Registry.everything]:
-            if name in r: return r[name]
-        raise KeyError(f'{name!r} is not registered')
+    def find(self,
+        name:str,  # a type name
+        where='',  # path in the config, for the message
+    ):             # class or function
+        "The class of a name, from here, from another registry, or from a module not imported yet."
+        for mod in [None, *find_in_index(name)]:
+            if mod: importlib.import_module(mod)
+            if name in self: return self[name]
+        others = [r for r in Registry.everything if name in r]
+        if len({r[name] for r in others}) > 1: raise KeyError(f'{name!r} is ambiguous: {", ".join(r.name for r in others)}; pass the class instead of its name')
+        if others: return others[0][name]
+        known = {n for r in Registry.everything for n in r} | {s.rsplit('.', 1)[1] for syms in _index['syms'].values() for s in syms if s.rsplit('.', 1)[1][:1].isupper()}
+        raise KeyError(f'unknown {self.name} {name!r}' + (f' (at {where})' if where else '') + nearest(name, known))
 
-    def build(self, cfg, **defaults):
-        if isinstance(cfg, (list, tuple)): return type(cfg)(self.build(c) for c in cfg)
+    def build(self,
+        cfg,        # anything; a dict with `type` becomes an object, innermost first
+        where='',   # path in the config, for messages
+        **defaults, # settings that the config may override
+    ):              # objects in place of dicts
+        "Turn nested config into nested objects, so that no class ever sees a config."
+        if isinstance(cfg, (list, tuple)): return type(cfg)([self.build(c, f'{where}[{i}]') for i,c in enumerate(cfg)])
         if not isinstance(cfg, dict): return cfg
-        kw = {k: v if is_spec(k) else self.build(v) for k,v in {**defaults, **cfg}.items()}
+        kw = {k: v if is_spec(k) else self.build(v, f'{where}.{k}' if where else str(k)) for k,v in {**defaults, **cfg}.items()}
         if 'type' not in kw: return kw
         typ = kw.pop('type')
-        return (self.find(typ) if isinstance(typ, str) else typ)(**kw)
+        return call(self.find(typ, where) if isinstance(typ, str) else typ, kw, where)
 
 # %% ../../nbs/01_core/00_registry.ipynb #cb8e38fe
 BACKBONES,NECKS,HEADS,DETECTORS,ROI_EXTRACTORS,SHARED_HEADS = map(Registry, ('backbone', 'neck', 'head', 'detector', 'roi_extractor', 'shared_head'))
