@@ -20,7 +20,7 @@ class Movable:
     "A dataclass of tensors that moves to a device as one."
     def to(self, *args, **kwargs):
         "The same with every tensor moved, as `Tensor.to` does."
-        move = lambda v: v.to(*args, **kwargs) if hasattr(v, 'to') else v
+        def move(v): return {k: move(x) for k,x in v.items()} if isinstance(v, dict) else v.to(*args, **kwargs) if hasattr(v, 'to') else v
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 # %% ../../nbs/01_core/02_structures.ipynb #824ea328
@@ -145,7 +145,11 @@ class Detections(Movable):
     labels:Tensor # `(..., K)` int64, `0..C-1`; -1 for padding
     valid:Tensor  # `(..., K)` bool, False for padding
 
-    def __getitem__(self, i): return Detections(self.boxes[i], self.scores[i], self.labels[i], self.valid[i])
+    def __getitem__(self,
+        i, # number of an image, or a slice
+    ):
+        "One image of a batch."
+        return Detections(self.boxes[i], self.scores[i], self.labels[i], self.valid[i])
 
     def cut(self)->'Detections': # of one image, `(K_i, ...)`
         "Drop the padding of one image; its number of boxes must be known on the host."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'read_json', 'check_layout', 'check_ids', 'check_name', 'check_images',
-           'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows', 'leave_out', 'say_skipped',
-           'keep_images', 'read_coco', 'objects_of', 'decode_masks', 'palette', 'run_steps', 'check_settings',
+           'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows', 'leave_out', 'keep_images',
+           'say_skipped', 'read_coco', 'objects_of', 'decode_masks', 'palette', 'run_steps', 'check_settings',
            'CocoDataset', 'as_coco', 'first_usable']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from ..core.registry import DATASETS, PIPELINES
 
-# %% ../../nbs/02_data/01_coco.ipynb #125176fa
+# %% ../../nbs/02_data/01_coco.ipynb #5e6afe71
 def no_such_file(
     path,        # `Path` that does not exist
     knob:str='', # the settings that lead to it, for the sentence
@@ -30,10 +30,10 @@ def no_such_file(
     else:
         names = [e.name for e in islice(os.scandir(parent), 5000)]
         near = difflib.get_close_matches(path.name, names, 3, .5)
-        found = f'Its folder holds {", ".join(near)}' if near else f'Its folder holds nothing of a similar name'
+        found = 'Its folder holds ' + (', '.join(near) if near else 'nothing of a similar name')
     return f'{path}: there is no such file. {found}. Check {knob or "the path"}.'
 
-# %% ../../nbs/02_data/01_coco.ipynb #85430630
+# %% ../../nbs/02_data/01_coco.ipynb #3d7c568e
 def read_json(
     path,      # file with JSON in UTF-8
     knob:str='ann_file and data_root', # the settings that lead to it, for the sentence
@@ -42,17 +42,20 @@ def read_json(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(no_such_file(path, knob))
     data = path.read_bytes()
-    if not data.strip(): raise ValueError(f'{path}: the file is empty ({len(data)} bytes). Copy or export it again.')
+    if not data.strip():
+        raise ValueError(f'{path}: the file is empty ({len(data)} bytes). Copy or export it again.')
     try: return json.loads(data)
-    except UnicodeDecodeError as e: problem = f'byte {e.start} of {len(data)} is not UTF-8 text; is this a JSON file?'
-    except RecursionError: problem = 'its brackets are nested too deeply for an annotation file'
+    except UnicodeDecodeError as e: problem = f'byte {e.start} is not UTF-8 text; is this a JSON file?'
+    except RecursionError: problem = 'its brackets are nested too deeply for an annotation file.'
     except json.JSONDecodeError as e:
-        byte,short = len(e.doc[:e.pos].encode()),len(e.doc.rstrip()) - e.pos < 5 or e.msg.startswith('Unterminated')
-        problem = (f'the file is cut short: it ends at byte {len(data)}, in the middle of an entry. Copy or download it again.' if short
-                   else f'no JSON at byte {byte} of {len(data)} (line {e.lineno}): {e.msg}.')
+        byte = len(e.doc[:e.pos].encode())
+        problem = f'no JSON at byte {byte} of {len(data)} (line {e.lineno}): {e.msg}.'
+        if not set(e.doc[e.pos:]) & set('[]{}",:0123456789') or e.msg.startswith('Unterminated'):
+            problem = (f'the file is cut short: it ends at byte {len(data)}, in the middle of an entry. '
+                       'Copy or download it again.')
     raise ValueError(f'{path}: {problem}')
 
-# %% ../../nbs/02_data/01_coco.ipynb #618f0fa2
+# %% ../../nbs/02_data/01_coco.ipynb #7a21b6f8
 def check_layout(
     coco,  # what the file holds
     path,  # of the file, for the sentence
@@ -60,61 +63,68 @@ def check_layout(
 ):         # raises `ValueError`
     "The three lists of a COCO file are there and hold objects."
     if not isinstance(coco, dict):
-        hint = ' A list is what a detector writes as its results, not an annotation file.' if isinstance(coco, list) else ''
-        raise ValueError(f'{path}: not COCO: the top is a {type(coco).__name__}, expected an object with {", ".join(lists)}.{hint}')
+        hint = ' A list is what a detector writes as its results.' if isinstance(coco, list) else ''
+        raise ValueError(f'{path}: not COCO: the top is a {type(coco).__name__}, '
+                         f'expected an object with {", ".join(lists)}.{hint}')
     for key in lists:
         if not isinstance(coco.get(key), list):
-            raise ValueError(f'{path}: not COCO: /{key} {"is not a list" if key in coco else "is missing"}; '
-                             f'the file has {", ".join(map(repr, islice(coco, 8))) or "no key at all"}.')
+            problem = 'is not a list' if key in coco else 'is missing'
+            raise ValueError(f'{path}: not COCO: /{key} {problem}; the file has '
+                             f'{", ".join(map(repr, islice(coco, 8))) or "no key at all"}.')
         bad = next((i for i,x in enumerate(coco[key]) if not isinstance(x, dict)), None)
-        if bad is not None: raise ValueError(f'{path}: /{key}/{bad} is {coco[key][bad]!r:.40}, expected an object.')
+        if bad is not None:
+            raise ValueError(f'{path}: /{key}/{bad} is {coco[key][bad]!r:.40}, expected an object.')
 
-# %% ../../nbs/02_data/01_coco.ipynb #8bf3cb39
+# %% ../../nbs/02_data/01_coco.ipynb #37f1c929
 def check_ids(
     items:list,  # objects of one of the lists
-    place:str,   # file and pointer of that list, for the sentence
+    path,        # of the file, for the sentence
+    key:str,     # of the list
 )->dict:         # id -> position in the list
     "Every object has an id of its own."
     found = {}
     for i,item in enumerate(items):
-        key = item.get('id')
-        if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise ValueError(f'{place}/{i}/id is {key!r}, expected a number.')
-        if key in found: raise ValueError(f'{place}/{i}/id is {key!r}, which {place.split(":")[-1].strip()}/{found[key]} has already. '
-                                          'Two files were probably joined: number one of them anew.')
-        found[key] = i
+        v = item.get('id')
+        if isinstance(v, bool) or not isinstance(v, (int, str)):
+            raise ValueError(f'{path}: /{key}/{i}/id is {v!r}, expected a number.')
+        if v in found:
+            raise ValueError(f'{path}: /{key}/{i}/id is {v!r}, and so is that of /{key}/{found[v]}. '
+                             'Two files were probably joined: number one of them anew.')
+        found[v] = i
     return found
 
-# %% ../../nbs/02_data/01_coco.ipynb #75627b19
+# %% ../../nbs/02_data/01_coco.ipynb #f1a607a4
 def check_name(
     name,      # `file_name` of an image
     place:str, # file and pointer, for the sentence
 ):             # raises `ValueError`
     "An annotation file can't name a file outside the image folder."
-    if not isinstance(name, str) or not name.strip() or '\0' in name: raise ValueError(f'{place} is {name!r}, expected a file name.')
-    plain,windows = name.replace('\\', '/'),PureWindowsPath(name)
-    if plain.startswith('/') or windows.drive or posixpath.normpath(plain).split('/')[0] == '..':
+    if not isinstance(name, str) or not name.strip() or '\0' in name:
+        raise ValueError(f'{place} is {name!r}, expected a file name.')
+    plain = name.replace('\\', '/')
+    upward = posixpath.normpath(plain).split('/')[0] == '..'
+    if upward or plain.startswith('/') or PureWindowsPath(name).drive:
         raise ValueError(f'{place} is {name!r}, which leads out of the image folder and is refused. '
-                         'Write it relative to img_prefix, without ".." at its front.')
+                         'Write it relative to img_prefix.')
 
-# %% ../../nbs/02_data/01_coco.ipynb #e83bc0c0
+# %% ../../nbs/02_data/01_coco.ipynb #624fcd61
+def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+
 def check_images(
     images:list, # `/images` of the file
     path,        # of the file, for the sentence
 )->dict:         # id -> position
     "Every image has an id, a size and a name inside the image folder."
-    index = check_ids(images, f'{path}: /images')
+    index = check_ids(images, path, 'images')
     for i,im in enumerate(images):
         check_name(im.get('file_name'), f'{path}: /images/{i}/file_name')
         for key in ('width', 'height'):
             v = im.get(key)
             if not _is_number(v) or not 0 < v < 2**31:
-                raise ValueError(f'{path}: /images/{i}/{key} is {v!r}, expected a positive number of pixels.')
+                raise ValueError(f'{path}: /images/{i}/{key} is {v!r}, expected pixels, above 0.')
     return index
 
-def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
-
-# %% ../../nbs/02_data/01_coco.ipynb #7971c884
+# %% ../../nbs/02_data/01_coco.ipynb #3f863927
 def wanted_names(
     classes,  # tuple or list of names, the path of a text file with one name a line, or None for all
 )->list:      # names, or None
@@ -122,40 +132,47 @@ def wanted_names(
     if classes is None: return None
     if isinstance(classes, (str, Path)):
         if not Path(classes).is_file():
-            raise ValueError(f"classes={str(classes)!r} is one string and no file of that name exists. For one class write a tuple, "
-                             f"with its comma: classes=({str(classes)!r},)")
+            raise ValueError(f"classes={str(classes)!r} is one string, and no file of that name exists. "
+                             f"For one class write a tuple, with its comma: classes=({str(classes)!r},)")
         classes = [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
-    if not isinstance(classes, (tuple, list)): raise ValueError(f'classes={classes!r}: expected a tuple of names; the order gives the labels.')
+    if not isinstance(classes, (tuple, list)):
+        raise ValueError(f'classes={classes!r}: expected a tuple of names, in the order of labels.')
     twice = [c for c,n in Counter(classes).items() if n > 1]
-    if twice: raise ValueError(f'classes names {twice} twice.')
+    if twice: raise ValueError(f'classes names {twice[0]!r} twice.')
     return list(classes)
 
-# %% ../../nbs/02_data/01_coco.ipynb #5e6afe71
+# %% ../../nbs/02_data/01_coco.ipynb #0a408506
+def _nearest(name, known):
+    low = {k.lower(): k for k in known}
+    near = [low[k] for k in difflib.get_close_matches(str(name).lower(), low, 3, .5)]
+    if near: return f'Did you mean {" or ".join(map(repr, near))}?'
+    return f'The file has {", ".join(map(repr, known[:10]))}{", ..." if len(known) > 10 else ""}.'
+
 def choose_classes(
     categories:list, # `/categories` of the file
     classes,         # see `wanted_names`; None: all of the file, by rising category id
     path,            # of the file, for the sentence
 )->tuple:            # names and category ids, both by label
     "Which categories of the file become which labels."
-    check_ids(categories, f'{path}: /categories')
+    check_ids(categories, path, 'categories')
     ids = {}
     for i,c in enumerate(categories):
-        if not isinstance(c.get('name'), str): raise ValueError(f'{path}: /categories/{i}/name is {c.get("name")!r}, expected a text.')
-        if c['name'] in ids: raise ValueError(f'{path}: /categories/{i}/name: two categories are called {c["name"]!r}. Rename or merge them.')
-        ids[c['name']] = c['id']
+        name = c.get('name')
+        place = f'{path}: /categories/{i}/name'
+        if not isinstance(name, str): raise ValueError(f'{place} is {name!r}, expected a text.')
+        if name in ids: raise ValueError(f'{place}: two categories are called {name!r}. Rename one.')
+        ids[name] = c['id']
     names = wanted_names(classes)
     if names is None: names = sorted(ids, key=lambda n: (isinstance(ids[n], str), ids[n]))
     unknown = [n for n in names if n not in ids]
-    if unknown: raise ValueError(f'{path}: no category {", ".join(map(repr, unknown))}. ' + _nearest(unknown[0], list(ids)))
-    if names != [n for n in ids if n in names] and classes is not None:
-        warnings.warn(f'{path}: classes={tuple(names)} has another order than the file. Here label i is classes[i]; '
-                      'the zoo numbers by the file, so labels of a checkpoint trained there differ.')
+    if unknown:
+        hint = _nearest(unknown[0], list(ids))
+        raise ValueError(f'{path}: no category is called {unknown[0]!r}. {hint}')
+    if classes is not None and names != [n for n in ids if n in names]:
+        warnings.warn(f'{path}: classes={tuple(names)} are in another order than in the file. '
+                      'Here label i is classes[i]; the zoo numbers by the file, so its checkpoints '
+                      'have other labels.')
     return tuple(names),[ids[n] for n in names]
-
-def _nearest(name, known):
-    low = {k.lower(): k for k in known}
-    near = [low[k] for k in difflib.get_close_matches(str(name).lower(), low, 3, .5)]
-    return f'Did you mean {" or ".join(map(repr, near))}?' if near else f'The file has {", ".join(map(repr, known[:10]))}{", ..." if len(known) > 10 else ""}.'
 
 # %% ../../nbs/02_data/01_coco.ipynb #f69aedba
 class Packed(Sequence):
@@ -182,8 +199,9 @@ class Packed(Sequence):
         part.data,part.starts,part.ends = self.data,self.starts[chosen],self.ends[chosen]
         return part
 
-# %% ../../nbs/02_data/01_coco.ipynb #c9dce29c
-ROW = np.dtype([('id', 'i8'), ('image', 'i4'), ('label', 'i4'), ('why', 'i1'), ('crowd', '?'), ('ignore', '?'), ('area', 'f8'), ('box', 'f8', 4)])
+# %% ../../nbs/02_data/01_coco.ipynb #8e1bd7c4
+ROW = np.dtype([('id', 'i8'), ('image', 'i4'), ('label', 'i4'), ('why', 'i1'), ('crowd', '?'),
+                ('ignore', '?'), ('area', 'f8'), ('box', 'f8', 4)])
 
 def check_box(
     box,       # `bbox` of an annotation
@@ -192,30 +210,32 @@ def check_box(
     "Four finite numbers: left, top, width, height."
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_is_number, box)):
         raise ValueError(f'{place} is {box!r:.60}, expected four numbers: [x, y, width, height].')
-    if not all(abs(v) < 1e9 for v in box): raise ValueError(f'{place} is {box}: a box with NaN or infinite numbers has no place. Correct or remove it.')
+    if not all(abs(v) < 1e9 for v in box):
+        raise ValueError(f'{place} is {box}: NaN or infinity is no place in an image. Remove it.')
     return box
 
-# %% ../../nbs/02_data/01_coco.ipynb #8e1bd7c4
+# %% ../../nbs/02_data/01_coco.ipynb #5007a2a5
 def read_row(
     ann:dict,     # one of `/annotations`
     i:int,        # its position
     images:dict,  # id -> position
     labels:dict,  # category id -> label, -1 for a class that is not used
-    place:str,    # file and pointer, for the sentence
+    path,         # of the file, for the sentence
 )->tuple:         # a `ROW`
     "One annotation, checked."
+    place = f'{path}: /annotations/{i}'
     for key,known,what in (('image_id', images, 'images'), ('category_id', labels, 'categories')):
         v = ann.get(key)
-        if not isinstance(v, (int, str)) or v not in known: raise ValueError(f'{place}/{key} is {v!r}, and /{what} has no such id. '
-                                                                             'Add it there or remove the annotation.')
-    box = check_box(ann.get('bbox'), f'{place}/bbox')
-    area = ann.get('area')
-    area = area if _is_number(area) and math.isfinite(area) else box[2]*box[3]
-    key = ann.get('id', i+1)
-    return (key if isinstance(key, int) else i+1, images[ann['image_id']], labels[ann['category_id']], 0,
+        if not isinstance(v, (int, str)) or v not in known:
+            raise ValueError(f'{place}/{key} is {v!r}, and /{what} has no such id. '
+                             'Add it there or remove the annotation.')
+    box,area,number = check_box(ann.get('bbox'), f'{place}/bbox'),ann.get('area'),ann.get('id')
+    if not _is_number(area) or not math.isfinite(area): area = box[2]*box[3]
+    number = number if isinstance(number, int) else i+1
+    return (number, images[ann['image_id']], labels[ann['category_id']], 0,
             bool(ann.get('iscrowd')), bool(ann.get('ignore')), area, box)
 
-# %% ../../nbs/02_data/01_coco.ipynb #b2486262
+# %% ../../nbs/02_data/01_coco.ipynb #d7bf978b
 def pack_rows(
     annotations:list, # `/annotations` of the file
     images:dict,      # id -> position
@@ -223,8 +243,8 @@ def pack_rows(
     path,             # of the file, for the sentence
 )->tuple:             # `(N,)` array of `ROW`, sorted by image, and the position of each in the file
     "All annotations of the used classes in one array."
-    rows = np.array([read_row(a, i, images, labels, f'{path}: /annotations/{i}') for i,a in enumerate(annotations)], ROW)
-    if all('id' in a for a in annotations): check_ids(annotations, f'{path}: /annotations')
+    rows = np.array([read_row(a, i, images, labels, path) for i,a in enumerate(annotations)], ROW)
+    if all('id' in a for a in annotations): check_ids(annotations, path, 'annotations')
     where = np.flatnonzero(rows['label'] >= 0)
     where = where[np.argsort(rows['image'][where], kind='stable')]
     return rows[where],where
@@ -242,6 +262,22 @@ def leave_out(
     inside = (np.minimum(x+w, width) > np.maximum(x, 0)) & (np.minimum(y+h, height) > np.maximum(y, 0))
     return np.select([rows['ignore'], (rows['area'] <= 0) | (w < 1) | (h < 1), ~inside], [1, 2, 3], 0)
 
+# %% ../../nbs/02_data/01_coco.ipynb #cf1f03ba
+def keep_images(
+    rows,             # `(N,)` array of `ROW`
+    sizes,            # `(I, 2)` width and height, pixels
+    skipped,          # `Counter`, added to
+    empty:bool=False, # keep images without annotation of a used class
+    min_size:int=32,  # smallest side, pixels
+)->np.ndarray:        # positions of the images to train on
+    "Images that are worth training on; the others are counted."
+    no_object = (np.bincount(rows['image'], minlength=len(sizes)) == 0) & (not empty)
+    small = ~no_object & (sizes.min(1, initial=2**31) < min_size)
+    lost = {'images without objects': no_object, f'images with a side below {min_size} pixels': small}
+    for what,gone in lost.items():
+        if gone.any(): skipped[what] += int(gone.sum())
+    return np.flatnonzero(~no_object & ~small)
+
 # %% ../../nbs/02_data/01_coco.ipynb #30cb29a7
 def say_skipped(
     skipped, # `Counter`: what was left out
@@ -252,25 +288,6 @@ def say_skipped(
     parts = [f'{n} {one(n, what)}' for what,n in skipped.items()]
     return f'{path}: left out {", ".join(parts)}.' if parts else ''
 
-# %% ../../nbs/02_data/01_coco.ipynb #57c54b49
-def keep_images(
-    rows,             # `(N,)` array of `ROW`
-    sizes,            # `(I, 2)` width and height, pixels
-    skipped,          # `Counter`, added to
-    empty:bool=False, # keep images without annotation of a used class
-    min_size:int=32,  # smallest side, pixels
-)->np.ndarray:        # positions of the images to train on
-    "Images that are worth training on; the others are counted."
-    has = np.bincount(rows['image'], minlength=len(sizes)) > 0
-    large = sizes.min(1, initial=2**31) >= min_size
-    lost = {'images without objects': ~has if not empty else has & False, f'images with a side below {min_size} pixels': ~large}
-    keep = np.ones(len(sizes), bool)
-    for what,gone in lost.items():
-        n = int((keep & gone).sum())
-        if n: skipped[what] += n
-        keep &= ~gone
-    return np.flatnonzero(keep)
-
 # %% ../../nbs/02_data/01_coco.ipynb #e421bb26
 def read_coco(
     path,                  # of the annotation file
@@ -280,64 +297,65 @@ def read_coco(
 )->dict:                   # CLASSES, categories, data_infos, rows, ends, segmentations, skipped
     "A COCO file, checked, filtered and packed."
     coco = read_json(path)
-    if test_mode and isinstance(coco, dict): coco.setdefault('annotations', [])
+    if test_mode and isinstance(coco, dict) and 'images' in coco: coco.setdefault('annotations', [])
     check_layout(coco, path)
     images,index = coco['images'],check_images(coco['images'], path)
     names,ids = choose_classes(coco['categories'], classes, path)
     labels = {c['id']: ids.index(c['id']) if c['id'] in ids else -1 for c in coco['categories']}
     rows,where = pack_rows(coco['annotations'], index, labels, path)
     sizes = np.array([(im['width'], im['height']) for im in images], float).reshape(-1, 2)
-    rows['why'],skipped = leave_out(rows, sizes),Counter()
-    for i in range(1, 4):
-        if (rows['why'] == i).any(): skipped[REASONS[i]] = int((rows['why'] == i).sum())
-    keep = np.arange(len(images)) if test_mode else keep_images(rows, sizes, skipped, empty=not filter_empty)
+    rows['why'] = leave_out(rows, sizes)
+    skipped = Counter({REASONS[i]: int(n) for i,n in enumerate(np.bincount(rows['why'])) if i and n})
+    keep = np.arange(len(images)) if test_mode else keep_images(rows, sizes, skipped, not filter_empty)
     chosen = np.isin(rows['image'], keep)
     rows,where = rows[chosen],where[chosen]
-    rows['image'] = np.searchsorted(keep, rows['image'])
-    return dict(CLASSES=names, categories=[next(c for c in coco['categories'] if c['id'] == i) for i in ids], skipped=skipped,
+    rows['image'] = np.searchsorted(keep, rows['image'])  # positions among the kept images
+    by_id = {c['id']: c for c in coco['categories']}
+    return dict(CLASSES=names, categories=[by_id[i] for i in ids],
                 data_infos=Packed({**images[i], 'filename': images[i]['file_name']} for i in keep),
-                rows=rows, ends=np.searchsorted(rows['image'], np.arange(len(keep)+1)),
+                rows=rows, ends=np.searchsorted(rows['image'], np.arange(len(keep)+1)), skipped=skipped,
                 segmentations=Packed(coco['annotations'][i].get('segmentation') for i in where))
 
-# %% ../../nbs/02_data/01_coco.ipynb #d1985226
+# %% ../../nbs/02_data/01_coco.ipynb #bec6c387
 def objects_of(
     rows,             # `(n,)` array of `ROW` of one image
     segmentations,    # `Packed`, as many
-)->dict:              # bboxes `(G, 4)` xyxy float32, labels `(G,)` int64, bboxes_ignore `(I, 4)`, masks: `Packed`, G segmentations, not decoded
-    "Objects and crowds of one image, in the zoo's words."
-    xyxy = np.concatenate([rows['box'][:, :2], rows['box'][:, :2] + rows['box'][:, 2:]], 1).astype(np.float32)
-    used = rows['why'] == 0
-    real = used & ~rows['crowd']
-    return dict(bboxes=xyxy[real], labels=rows['label'][real].astype(np.int64), bboxes_ignore=xyxy[used & rows['crowd']],
-                masks=segmentations[real])
+)->dict: # bboxes `(G, 4)` xyxy, labels `(G,)`, bboxes_ignore `(I, 4)`, masks: `G` segmentations
+    "Objects and crowds of one image, in the zoo's words; masks are not decoded yet."
+    corner,side = rows['box'][:, :2],rows['box'][:, 2:]
+    xyxy = np.concatenate([corner, corner+side], 1).astype(np.float32)
+    real,crowd = (rows['why'] == 0) & ~rows['crowd'],(rows['why'] == 0) & rows['crowd']
+    return dict(bboxes=xyxy[real], labels=rows['label'][real].astype(np.int64),
+                bboxes_ignore=xyxy[crowd], masks=segmentations[real])
 
-# %% ../../nbs/02_data/01_coco.ipynb #bec6c387
+# %% ../../nbs/02_data/01_coco.ipynb #5602feac
 def decode_masks(
-    segmentations:list, # polygons `[[x, y, ...], ...]`, or run lengths `dict(size, counts)`
-    height:int,         # of the image, pixels
-    width:int,          # likewise
-)->np.ndarray:          # `(G, H, W)` uint8, 0 or 1
+    segmentations, # polygons `[[x, y, ...], ...]`, or run lengths `dict(size, counts)`, one an object
+    height:int,    # of the image, pixels
+    width:int,     # likewise
+)->np.ndarray:     # `(G, H, W)` uint8, 0 or 1
     "Masks in pixels, by pycocotools."
     from pycocotools import mask as codec
     out = np.zeros((len(segmentations), height, width), np.uint8)
     for i,seg in enumerate(segmentations):
-        if not seg: raise ValueError(f'object {i} has no segmentation: load boxes only (with_mask=False), or add it.')
+        if not seg:
+            raise ValueError(f'object {i} has no segmentation: add it, or write with_mask=False.')
         if isinstance(seg, list): seg = codec.merge(codec.frPyObjects(seg, height, width))
         if list(seg['size']) != [height, width]:
-            raise ValueError(f'object {i}: its mask is of {seg["size"]} (height, width), the image of {[height, width]} pixels.')
+            raise ValueError(f'object {i}: its mask has {seg["size"]} pixels (height, width), '
+                             f'the image {[height, width]}.')
         if isinstance(seg['counts'], list): seg = codec.frPyObjects(seg, height, width)
         out[i] = codec.decode(seg)
     return out
 
-# %% ../../nbs/02_data/01_coco.ipynb #f5d2e443
+# %% ../../nbs/02_data/01_coco.ipynb #4cff1b9f
 def palette(
     n:int,  # number of classes
 )->list:    # `n` times `(red, green, blue)`, 0 to 255
-    "A colour for each class; neighbours differ most, and more classes do not change the first ones."
+    "A colour for each class; neighbours differ much, and more classes do not change the first ones."
     hsv = [(i*.618034 % 1, (.75, .5)[i//5 % 2], (.9, .7)[i//10 % 2]) for i in range(n)]
     return [tuple(round(255*v) for v in colorsys.hsv_to_rgb(*c)) for c in hsv]
 
-# %% ../../nbs/02_data/01_coco.ipynb #984cefc9
 def run_steps(
     steps,   # callables, `results -> results` or None
     results, # dict
@@ -348,17 +366,19 @@ def run_steps(
         if results is None: return None
     return results
 
-# %% ../../nbs/02_data/01_coco.ipynb #adc05e3a
+# %% ../../nbs/02_data/01_coco.ipynb #984cefc9
 def check_settings(
     proposal_file,    # must be None
-    file_client_args, # only `dict(backend='disk')`
+    file_client_args, # None or `dict(backend='disk')`
 ):                    # raises `ValueError`
     "Settings of the zoo that have no counterpart here are refused, not ignored."
-    if proposal_file is not None: raise ValueError(f'proposal_file={proposal_file!r}: proposals made beforehand are not read. Remove the setting.')
+    if proposal_file is not None:
+        raise ValueError(f'proposal_file={proposal_file!r}: proposals made beforehand are not read.')
     if file_client_args and file_client_args.get('backend', 'disk') != 'disk':
-        raise ValueError(f'file_client_args={file_client_args}: only the disk is read. Copy the files there, and remove the setting.')
+        raise ValueError(f'file_client_args={file_client_args}: only the disk is read. '
+                         'Copy the files there and remove the setting.')
 
-# %% ../../nbs/02_data/01_coco.ipynb #b7d8e4cd
+# %% ../../nbs/02_data/01_coco.ipynb #e472a104
 @DATASETS.register_module()
 class CocoDataset(Dataset):
     "Images and objects of a COCO annotation file, each through a pipeline."
@@ -366,23 +386,24 @@ class CocoDataset(Dataset):
     def __init__(self,
         ann_file,                   # path of the json
         pipeline,                   # steps: callables, or dicts with `type`
-        classes=None,               # tuple of names, path of a text file, or None: all classes of the file, by category id
+        classes=None,               # tuple of names, path of a text file, or None: all, by category id
         data_root=None,             # put in front of relative paths
         img_prefix='',              # folder of the images
         seg_prefix=None,            # folder of semantic maps
         seg_suffix='.png',          # their ending
         proposal_file=None,         # must be None
-        test_mode:bool=False,       # keep every image; never replace one
+        test_mode:bool=False,       # keep every image; never replace one by another
         filter_empty_gt:bool=True,  # in training: leave out images without objects
         file_client_args=None,      # None or `dict(backend='disk')`
     ):
         check_settings(proposal_file, file_client_args)
         join = lambda p: p if p is None or data_root is None else os.path.join(data_root, p)
-        self.ann_file,self.img_prefix,self.seg_prefix,self.seg_suffix = join(ann_file),join(img_prefix),join(seg_prefix),seg_suffix
-        self.test_mode,self.filter_empty_gt,self.data_root,self.proposal_file = test_mode,filter_empty_gt,data_root,None
+        self.ann_file,self.img_prefix,self.seg_prefix = join(ann_file),join(img_prefix),join(seg_prefix)
+        self.data_root,self.seg_suffix,self.proposal_file = data_root,seg_suffix,None
+        self.test_mode,self.filter_empty_gt = test_mode,filter_empty_gt
         steps = [pipeline] if callable(pipeline) or isinstance(pipeline, dict) else pipeline
         self.pipeline = [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
-        names = classes if classes is not None else type(self).CLASSES
+        names = type(self).CLASSES if classes is None else classes
         vars(self).update(read_coco(self.ann_file, names, test_mode, filter_empty_gt))
         self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette(len(self.CLASSES))
         self.cat2label = {c: i for i,c in enumerate(self.cat_ids)}
@@ -401,7 +422,7 @@ class CocoDataset(Dataset):
 
     def get_cat_ids(self,
         idx:int,  # position of the image
-    )->list:      # category ids, one per annotation of a used class
+    )->list:      # category ids, one an annotation of a used class
         "Which categories an image holds."
         return [self.cat_ids[k] for k in self.rows['label'][slice(*self.ends[idx:idx+2])]]
 
@@ -414,31 +435,33 @@ class CocoDataset(Dataset):
         if not -len(self) <= idx < len(self): raise IndexError(f'image {idx} of {len(self)}')
         return first_usable(self, idx % len(self))
 
-# %% ../../nbs/02_data/01_coco.ipynb #e472a104
+# %% ../../nbs/02_data/01_coco.ipynb #3f5ef152
 def as_coco(
     data,  # `CocoDataset`
 )->dict:   # images, annotations (also those that are not trained on), categories
     "Unpack a data set into COCO's own form."
-    images = list(data.data_infos)
-    annotations = []
+    images,annotations = list(data.data_infos),[]
     for row,seg in zip(data.rows, data.segmentations):
-        ann = dict(id=int(row['id']), image_id=images[row['image']]['id'], category_id=data.cat_ids[row['label']], bbox=row['box'].tolist(),
-                   area=float(row['area']), iscrowd=int(row['crowd']))
+        ann = dict(id=int(row['id']), image_id=images[row['image']]['id'], bbox=row['box'].tolist(),
+                   category_id=data.cat_ids[row['label']], area=float(row['area']),
+                   iscrowd=int(row['crowd']))
         if row['ignore']: ann['ignore'] = 1
         if seg: ann['segmentation'] = seg
         annotations.append(ann)
     return dict(images=images, annotations=annotations, categories=data.categories)
 
-# %% ../../nbs/02_data/01_coco.ipynb #3f5ef152
+# %% ../../nbs/02_data/01_coco.ipynb #22231b75
 def first_usable(
     data,    # `CocoDataset`
     idx:int, # position of the wanted image
-)->dict:     # what the pipeline gives
-    "The image through the pipeline; in training, the next one of the same orientation where a step gives it up."
+)->dict:     # what the pipeline gives; None only in test mode
+    "The image through the pipeline; in training, the next of its orientation where a step gives it up."
     same = np.flatnonzero(data.flag == data.flag[idx])
     for k in np.roll(same, -np.searchsorted(same, idx)):
-        results = dict(img_info=data.data_infos[k], ann_info=data.get_ann_info(k), img_prefix=data.img_prefix, seg_prefix=data.seg_prefix,
-                       proposal_file=None, bbox_fields=[], mask_fields=[], seg_fields=[])
-        results = run_steps(data.pipeline, results)
+        start = dict(img_info=data.data_infos[k], ann_info=data.get_ann_info(k),
+                     img_prefix=data.img_prefix, seg_prefix=data.seg_prefix,
+                     bbox_fields=[], mask_fields=[], seg_fields=[])
+        results = run_steps(data.pipeline, start)
         if results is not None or data.test_mode: return results
-    raise ValueError(f'{data.ann_file}: the pipeline gave up all {len(same)} images. Which step returns None?')
+    raise ValueError(f'{data.ann_file}: the pipeline gave up all {len(same)} images. '
+                     'Which of its steps returns None?')
