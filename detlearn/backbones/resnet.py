@@ -7,7 +7,6 @@ __all__ = ['ARCHS', 'ResBlock', 'BasicBlock', 'Bottleneck', 'res_layer', 'deep_s
            'check_resnet', 'ResNet', 'ResNetV1d']
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #747f3c29
-import torch
 from torch import nn
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp

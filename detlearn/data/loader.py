@@ -8,8 +8,7 @@ __all__ = ['LoaderError', 'unwrap', 'stack_images', 'objects', 'LoadedBatch', 'c
            'ConcatDataset', 'build_dataset']
 
 # %% ../../nbs/02_data/07_loader.ipynb #3def32ef
-import bisect, random, warnings
-from collections import Counter
+import bisect, random
 from contextlib import contextmanager
 import numpy as np
 import torch

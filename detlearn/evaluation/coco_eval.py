@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'to_original', 'coco_results', 'evaluate', 'complete', 'em
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #d9482698
 import contextlib, io
-import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval

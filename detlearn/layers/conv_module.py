@@ -7,7 +7,6 @@ __all__ = ['CONV_LAYERS', 'NORM_LAYERS', 'ACTIVATION_LAYERS', 'build_conv_layer'
            'ConvModule']
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #14de37bb
-import torch
 from torch import nn
 from ..core.registry import nearest
 from .initialize import initialize

@@ -30,7 +30,7 @@ def count_used(
 
 # %% ../../nbs/07_losses/01_cross_entropy.ipynb #28660563
 def cross_entropy(
-    pred:Tensor,           # `(..., C)` scores (logits)
+    pred:Tensor,           # `(..., C)` scores (logits), or maps `(N, C, H, W)` for labels `(N, H, W)`
     label:Tensor,          # `(...)` int64 in `0..C-1`, or `ignore_index`
     weight=None,           # `(...)`
     reduction='mean',      # `'none'`, `'mean'`, `'sum'`
@@ -41,6 +41,7 @@ def cross_entropy(
 )->Tensor:                 # scalar, or `(...)` for `'none'`
     "Softmax: exactly one class is right."
     ignore_index = -100 if ignore_index is None else ignore_index
+    if pred.shape[:-1] != label.shape: pred = pred.movedim(1, -1)           # a map of scores
     flat = F.cross_entropy(pred.float().flatten(0, -2), label.flatten(), class_weight, reduction='none', ignore_index=ignore_index)
     if avg_non_ignore and avg_factor is None and reduction == 'mean': avg_factor = count_used(label != ignore_index)
     return weight_reduce_loss(flat.view(label.shape), weight, reduction, avg_factor)

@@ -6,7 +6,6 @@
 __all__ = ['focal_elements', 'focal_of_probabilities', 'as_yes_no', 'match_weight', 'sigmoid_focal_loss', 'FocalLoss']
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #026c9a3e
-import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.registry import LOSSES

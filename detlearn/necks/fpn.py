@@ -6,7 +6,6 @@
 __all__ = ['top_down', 'extra_mode', 'FPN']
 
 # %% ../../nbs/05_necks/01_fpn.ipynb #448fc6fd
-import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.registry import NECKS
