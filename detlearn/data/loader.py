@@ -117,7 +117,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         self.done = self.start
-        for i in self.order()[self.start:]: yield self.epoch,i
+        for i in self.order()[self.start:]: yield self.seed,self.epoch,i
 
     def set_epoch(self,
         epoch:int, # from 0
@@ -163,15 +163,14 @@ class Seeded(Dataset):
     "A data set whose random numbers depend on seed, epoch and position, not on the process that draws them."
     def __init__(self,
         dataset,   # any with `len` and `[i]`
-        seed:int,  # at least 0
-    ): self.dataset,self.seed = dataset,seed
+    ): self.dataset = dataset
 
     def __len__(self): return len(self.dataset)
 
     def __getitem__(self, key):
-        epoch,index = key
+        seed,epoch,index = key
         try:
-            with seeded(mix(self.seed, epoch, index)): return self.dataset[index]
+            with seeded(mix(seed, epoch, index)): return self.dataset[index]
         except Exception as e: return failure(e, self.dataset, index)
 
 # %% ../../nbs/02_data/07_loader.ipynb #daa38e9e
@@ -196,7 +195,11 @@ class DetLoader(DataLoader):
             yield batch
 
 # %% ../../nbs/02_data/07_loader.ipynb #b1e15b5e
-def only_thread(worker): torch.set_num_threads(1)
+def only_thread(
+    worker, # its number, not used
+):
+    "One thread for each reading process."
+    torch.set_num_threads(1)
 
 def build_dataloader(
     dataset,                        # with `len` and `[i]`
@@ -222,7 +225,7 @@ def build_dataloader(
     workers = workers_per_gpu*num_gpus
     if workers and persistent_workers is not False: kw['persistent_workers'] = True
     kw.setdefault('pin_memory', torch.accelerator.is_available() if hasattr(torch, 'accelerator') else torch.cuda.is_available())
-    return DetLoader(Seeded(dataset, seed), samples_per_gpu*num_gpus, sampler=EpochSampler(len(dataset), shuffle, seed, rank, world),
+    return DetLoader(Seeded(dataset), samples_per_gpu*num_gpus, sampler=EpochSampler(len(dataset), shuffle, seed, rank, world),
                      num_workers=workers, collate_fn=TakeBatch(collate_fn), worker_init_fn=only_thread,
                      generator=torch.Generator().manual_seed(seed), **kw)
 

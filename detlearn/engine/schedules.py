@@ -170,12 +170,14 @@ def cyclic_lr(
     target_ratio=(10, 1e-4),  # highest and lowest rate, as parts of `base`
     cyclic_times:int=1,       # how often
     step_ratio_up:float=.4,   # part of a cycle that rises
+    gamma:float=1.,           # the height of each cycle above `base`, as a part of the one before
 )->float:
     "Up to a multiple, down to a fraction (Smith, 2017); along cosines, as in the zoo."
     cycle = T//cyclic_times
+    high = base*(1 + gamma**(t//cycle)*(target_ratio[0]-1))
     top,t = int(step_ratio_up*cycle),t % cycle
-    if t < top: return half_cosine(base, base*target_ratio[0], t/top)
-    return half_cosine(base*target_ratio[0], base*target_ratio[1], (t-top)/(cycle-top))
+    if t < top: return half_cosine(base, high, t/top)
+    return half_cosine(high, base*target_ratio[1], (t-top)/(cycle-top))
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #ab6f55fa
 def warmup_factor(
