@@ -139,7 +139,7 @@ def train_demo(
 def demo(
     work_dir:str='runs/demo', # everything is left here
     images:int=600,           # toy photos to learn from
-    epochs:int=9,             # times through them
+    epochs:int=12,            # times through them
     unseen:int=200,           # toy photos to measure on
     seed:int=0,               # of photos, weights and order
 )->dict:                      # what `metrics.json` holds
