@@ -8,36 +8,39 @@ __all__ = ['owner_boxes', 'PseudoSampler']
 # %% ../../nbs/06_targets/20_pseudo_sampler.ipynb #f018616d
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from ..core.registry import BBOX_SAMPLERS
 from ..core.structures import SamplingResult, IGNORE
 
-# %% ../../nbs/06_targets/20_pseudo_sampler.ipynb #3c7fc920
+# %% ../../nbs/06_targets/20_pseudo_sampler.ipynb #82d31954
 def owner_boxes(
-    codes,  # `(..., P)` int64
-    priors, # `(..., P, 4)` xyxy
-    boxes,  # `(..., G, 4)` xyxy of the objects; `G` may be 0
-):          # `(..., P, 4)`
+    codes:Tensor,  # `(..., P)` int64
+    priors:Tensor, # `(P, 4)` or `(..., P, 4)` xyxy
+    boxes:Tensor,  # `(..., G, 4)` xyxy of the objects; `G` may be 0
+)->Tensor:         # `(..., P, 4)`, dtype of `boxes`
     "The box of each prior's owner; the prior's own box where there is none."
-    table = F.pad(boxes, (0, 0, 1, 0))                                     # (..., 1+G, 4), nobody first
-    index = codes.clamp(min=0)[..., None].expand(*codes.shape, 4)
-    found = torch.take_along_dim(table, index, -2)
+    table = F.pad(boxes, (0, 0, 1, 0))                               # (..., 1+G, 4), nobody first
+    found = torch.take_along_dim(table, codes.clamp(min=0)[..., None], -2)
     return torch.where(codes[..., None] > 0, found, priors.to(found.dtype))
 
-# %% ../../nbs/06_targets/20_pseudo_sampler.ipynb #2b48c487
+# %% ../../nbs/06_targets/20_pseudo_sampler.ipynb #0ff63462
 @BBOX_SAMPLERS.register_module()
 class PseudoSampler:
     "All priors that are not ignored, each with its owner's box and class."
     random = False  # nothing is drawn
-    def __init__(self, **kwargs): pass  # accepted and not used, as in the zoo
+    def __init__(self,
+        **kwargs, # settings of other samplers: accepted and not used, as in the zoo
+    ): pass
 
     def sample(self,
-        assign_result, # `AssignResult`, `gt_inds` `(..., P)`
+        assign_result, # `AssignResult`, `gt_inds` and `labels` `(..., P)`
         priors,        # `Priors`, boxes `(P, 4)` or `(..., P, 4)`
         gt,            # `GroundTruth`, boxes `(..., G, 4)`
         **kwargs,      # not used
-    )->SamplingResult: # `N = P`
-        "Look up, weigh, and leave the size as it is."
-        codes = assign_result.gt_inds
+    )->SamplingResult: # of all `P` priors; its `priors` as they came in; labels -1 where there are none
+        "Look up and weigh; the size stays as it is."
+        codes,labels = assign_result.gt_inds,assign_result.labels
         weight = (codes != IGNORE).to(priors.boxes.dtype)
-        labels = assign_result.labels if assign_result.labels is not None else torch.full_like(codes, -1)
-        return SamplingResult(priors.boxes, codes, owner_boxes(codes, priors.boxes, gt.boxes), labels, weight)
+        if labels is None: labels = torch.full_like(codes, -1)
+        boxes = owner_boxes(codes, priors.boxes, gt.boxes)
+        return SamplingResult(priors.boxes, codes, boxes, labels, weight)
