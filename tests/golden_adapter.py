@@ -69,7 +69,14 @@ def soft_nms(ours, boxes, scores, iou_threshold=.3, sigma=.5, min_score=1e-3, me
     return torch.cat([boxes[inds], scores[:, None]], 1), inds
 
 
+def cross_entropy_of_maps(loss, cls_score, label, **more):
+    "Classes stand in the second axis of a map in the zoo, last here."
+    if cls_score.dim() == label.dim() + 1 > 2 and not loss.use_mask: cls_score = cls_score.movedim(1, -1)
+    return loss(cls_score, label, **more)
+
+
 METHODS = dict(assign=assign, encode=encode, decode=decode, sample=pseudo_sample)
+OF_TYPE = dict(CrossEntropyLoss=cross_entropy_of_maps)
 FUNCTIONS = dict(anchor_inside_flags=anchor_inside_flags, weighted_loss=weighted_loss, soft_nms=soft_nms)
 
 
@@ -81,5 +88,6 @@ def run(type, call, kwargs, args, state):
     obj = build(dict(type=type, **kwargs))
     for name, value in state.items():
         getattr(obj, name).copy_(value) if isinstance(value, torch.Tensor) else setattr(obj, name, value)
-    if call in METHODS: return METHODS[call](obj, **args)
+    translated = OF_TYPE.get(type) or METHODS.get(call)
+    if translated: return translated(obj, **args)
     return (obj if call == '__call__' else getattr(obj, call))(**args)

@@ -113,3 +113,11 @@ def test_the_folder_holds_cases(capsys):
     missing = collections.Counter(case['type'] for _, _, case in CASES if not ours.there(case['type']))
     with capsys.disabled():
         print(f"\ngolden: {len(HERE)} of {len(CASES)} cases run; {sum(missing.values())} wait for {len(missing)} types: {', '.join(sorted(missing))}")
+
+
+def test_a_wrong_number_is_found():
+    one = torch.ones(3)
+    assert difference(dict(a=[one]), dict(a=[one + 5e-5])) is None                       # within the tolerance
+    for got, want in ((one, one + 1e-2), (one[:2], one), (one.int(), one.int() + 1), ([one], [one, one]), (3, 4), (.5, .6), (None, 1)):
+        assert difference(dict(a=got), dict(a=want)).startswith('.a')
+    assert difference(one, one + 1e-6, exact=True)

@@ -5,66 +5,112 @@
 # %% auto #0
 __all__ = ['LAYER_SPECS', 'BACKBONES', 'NECKS', 'HEADS', 'DETECTORS', 'ROI_EXTRACTORS', 'SHARED_HEADS', 'LOSSES',
            'BBOX_ASSIGNERS', 'BBOX_SAMPLERS', 'BBOX_CODERS', 'IOU_CALCULATORS', 'MATCH_COST', 'PRIOR_GENERATORS',
-           'PLUGIN_LAYERS', 'PIPELINES', 'DATASETS', 'HOOKS', 'RUNNERS', 'OPTIMIZERS', 'POSTPROCESS',
-           'ANCHOR_GENERATORS', 'nearest', 'is_spec', 'place_of', 'call', 'find_in_index', 'Registry']
+           'PLUGIN_LAYERS', 'POSTPROCESS', 'PIPELINES', 'DATASETS', 'HOOKS', 'RUNNERS', 'OPTIMIZERS',
+           'ANCHOR_GENERATORS', 'spelled_like', 'nearest', 'NotFound', 'settings_of', 'call', 'is_spec', 'copied',
+           'place_of', 'same_part', 'find_in_index', 'Registry', 'add_part', 'find_part', 'unknown_part', 'build_parts']
 
 # %% ../../nbs/01_core/00_registry.ipynb #41a546d0
-import difflib, importlib, inspect
+import difflib, importlib, inspect, re
 from .._modidx import d as _index
 
 # %% ../../nbs/01_core/00_registry.ipynb #b68e4875
+def spelled_like(
+    name,   # what was written
+    names,  # what there is
+)->list:    # at most three of `names`, nearest first; capitals don't count
+    "What somebody probably meant."
+    low = {str(n).lower(): str(n) for n in sorted(map(str, names))}
+    return [low[n] for n in difflib.get_close_matches(str(name).lower(), low, 3, .6)]
+
 def nearest(
     name,   # what was written
     names,  # what there is
-)->str:     # `'; did you mean ...?'`, or the whole list if nothing is near
-    "What somebody probably meant."
-    names = sorted(map(str, names))
-    low = {n.lower(): n for n in names}
-    near = [low[n] for n in difflib.get_close_matches(str(name).lower(), low, 3, .6)]
+)->str:     # `'; did you mean ...?'`, or what there is (40 at most) if nothing is near; empty if there is nothing
+    "The end of a sentence about an unknown name."
+    near,names = spelled_like(name, names),sorted(map(str, names))
     if near: return '; did you mean ' + ' or '.join(map(repr, near)) + '?'
     return '; there is ' + ', '.join(names[:40]) if names else ''
 
 # %% ../../nbs/01_core/00_registry.ipynb #6bd6d64f
-LAYER_SPECS = {'dcn', 'sac', 'plugins', 'nms'} # keys of recipes besides `*_cfg`
+class NotFound(KeyError):
+    "A `KeyError` that prints as a sentence."
+    def __str__(self): return str(self.args[0]) if self.args else ''
+
+# %% ../../nbs/01_core/00_registry.ipynb #5997f9a8
+def settings_of(
+    part,     # class or function
+)->tuple:     # names it accepts; names it needs; True if it may accept more than that
+    "What can be set, by signature, along the line of inheritance while `**kwargs` are passed on."
+    names,needs,free = [],[],True
+    steps = [c.__init__ for c in part.__mro__ if '__init__' in vars(c)] if inspect.isclass(part) else [part]
+    for i,f in enumerate(steps):
+        try: params = list(inspect.signature(f).parameters.values())[inspect.isclass(part):]
+        except (TypeError, ValueError): break
+        named = [p for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names += [p.name for p in named if p.name not in names]
+        if i == 0: needs = [p.name for p in named if p.default is p.empty]
+        free = any(p.kind is p.VAR_KEYWORD for p in params)
+        if not free: break
+    return names,needs,free
+
+# %% ../../nbs/01_core/00_registry.ipynb #65c8261f
+def call(
+    part,     # class or function
+    kw,       # its settings, a dict
+    where='', # path in the config, such as `model.backbone`; for messages
+):            # what the call gives; `TypeError` for an unknown or missing setting
+    "Call with settings; what is wrong with them is said in a sentence with its place."
+    at,name = f' (at {where})' if where else '',getattr(part, '__name__', repr(part))
+    names,needs,free = settings_of(part)
+    for k in kw:
+        if k not in names and not free: raise TypeError(f'{name}{at} has no setting {k!r}{nearest(k, names)}')
+    missing = [n for n in needs if n not in kw]
+    if missing: raise TypeError(f'{name}{at} needs {", ".join(map(repr, missing))}')
+    try: return part(**kw)
+    except Exception as e:
+        if where and e.args and isinstance(e.args[0], str) and '(at ' not in e.args[0]:
+            e.args = f'{e.args[0]} (at {where}, {name})',*e.args[1:]
+        raise
+
+# %% ../../nbs/01_core/00_registry.ipynb #7fcdcd72
+LAYER_SPECS = {'dcn', 'sac', 'plugins', 'nms', 'transformerlayers'} # keys of recipes besides `*_cfg` and `*_cfgs`
 
 def is_spec(
     key, # of a config
-)->bool: # True: the value stays a dict
+)->bool: # True: the value is a recipe and stays a dict
     "Does this key hold a recipe for layers, not a part?"
-    return key in LAYER_SPECS or str(key).endswith('_cfg')
+    return key in LAYER_SPECS or str(key).endswith(('_cfg', '_cfgs'))
 
-# %% ../../nbs/01_core/00_registry.ipynb #5997f9a8
+# %% ../../nbs/01_core/00_registry.ipynb #22e8e89a
+def copied(
+    cfg,  # dicts, lists and tuples in each other, and anything inside
+):        # the same with new containers; what is inside is shared
+    "A copy that can be changed."
+    if isinstance(cfg, dict): return {k: copied(v) for k,v in cfg.items()}
+    return type(cfg)(map(copied, cfg)) if type(cfg) in (list, tuple) else cfg
+
+# %% ../../nbs/01_core/00_registry.ipynb #aa847d3b
 def place_of(
     obj, # class or function
 )->str:  # `module.Name`
     "Where something was defined."
-    return f'{obj.__module__}.{obj.__qualname__}'
+    return f'{getattr(obj, "__module__", "?")}.{getattr(obj, "__qualname__", type(obj).__name__)}'
 
-# %% ../../nbs/01_core/00_registry.ipynb #65c8261f
-def call(
-    cls,   # class or function
-    kw,    # its keyword arguments
-    where, # path in the config, for the message
-):         # what it gives
-    "Call with keywords; unknown and missing ones get a sentence."
-    at = f' (at {where})' if where else ''
-    try: sig = inspect.signature(cls)
-    except (TypeError, ValueError): return cls(**kw)
-    names,free = list(sig.parameters),any(p.kind is p.VAR_KEYWORD for p in sig.parameters.values())
-    for k in kw:
-        if k not in names and not free: raise TypeError(f'{cls.__name__}{at} has no setting {k!r}{nearest(k, names)}')
-    missing = [n for n,p in sig.parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in kw]
-    if missing: raise TypeError(f'{cls.__name__}{at} needs {", ".join(map(repr, missing))}')
-    return cls(**kw)
+def same_part(
+    old, # class or function that has the name
+    new, # class or function that wants it
+)->bool: # True: replace in silence
+    "Is this the same definition run again, or one made in a notebook?"
+    return place_of(old) == place_of(new) or '__main__' in (old.__module__, new.__module__)
 
-# %% ../../nbs/01_core/00_registry.ipynb #7fcdcd72
+# %% ../../nbs/01_core/00_registry.ipynb #cb8e38fe
 def find_in_index(
     name, # of a class or function
-)->list:  # modules that define it
+)->list:  # modules that define it; none is imported
     "Modules of the book that define a name."
     return [mod for mod,syms in _index['syms'].items() if f'{mod}.{name}' in syms]
 
-# %% ../../nbs/01_core/00_registry.ipynb #22e8e89a
+# %% ../../nbs/01_core/00_registry.ipynb #6b7ebe56
 class Registry(dict):
     "A `dict` from type name to class or function."
     everything = []
@@ -80,49 +126,103 @@ class Registry(dict):
         force=False, # replace a different class of that name
         module=None, # the class, if not used as a decorator
     ):               # the class, or a decorator
-        "Add a class or function under its name."
-        if callable(name): return self._add(name, None, force)
-        if module is not None: return self._add(module, name, force)
-        return lambda cls: self._add(cls, name, force)
-
-    def _add(self, cls, name, force):
-        for n in [name] if isinstance(name, str) else name or [cls.__name__]:
-            old = self.get(n)
-            if old is not None and not force and place_of(old) != place_of(cls) and '__main__' not in (old.__module__, cls.__module__):
-                raise KeyError(f'{n!r} is already a {self.name}: {place_of(old)}; {place_of(cls)} wants the same name. Rename one, or pass force=True')
-            self[n] = cls
-        return cls
+        "Add a class or function under its name; `KeyError` if another one has it."
+        if callable(name): return add_part(self, name, None, force)
+        if module is not None: return add_part(self, module, name, force)
+        return lambda part: add_part(self, part, name, force)
 
     def find(self,
-        name:str,  # a type name
-        where='',  # path in the config, for the message
-    ):             # class or function
-        "The class of a name, from here, from another registry, or from a module not imported yet."
-        for mod in [None, *find_in_index(name)]:
-            if mod: importlib.import_module(mod)
-            if name in self: return self[name]
-        others = [r for r in Registry.everything if name in r]
-        if len({r[name] for r in others}) > 1: raise KeyError(f'{name!r} is ambiguous: {", ".join(r.name for r in others)}; pass the class instead of its name')
-        if others: return others[0][name]
-        known = {n for r in Registry.everything for n in r} | {s.rsplit('.', 1)[1] for syms in _index['syms'].values() for s in syms if s.rsplit('.', 1)[1][:1].isupper()}
-        raise KeyError(f'unknown {self.name} {name!r}' + (f' (at {where})' if where else '') + nearest(name, known))
+        name,     # a type name; a class or function is given back as it is
+        where='', # path in the config, for the message
+    ):            # class or function
+        "The class of a name: from here, from another registry, or from a module not imported yet."
+        return find_part(self, name, where)
 
     def build(self,
-        cfg,        # anything; a dict with `type` becomes an object, innermost first
-        where='',   # path in the config, for messages
-        **defaults, # settings that the config may override
-    ):              # objects in place of dicts
+        cfg,               # anything; a dict with `type` becomes an object, innermost first
+        where='',          # path in the config, for messages
+        default_args=None, # settings that the config may override, a dict
+        **defaults,        # the same, as keywords
+    ):                     # objects in place of dicts
         "Turn nested config into nested objects, so that no class ever sees a config."
-        if isinstance(cfg, (list, tuple)): return type(cfg)([self.build(c, f'{where}[{i}]') for i,c in enumerate(cfg)])
-        if not isinstance(cfg, dict): return cfg
-        kw = {k: v if is_spec(k) else self.build(v, f'{where}.{k}' if where else str(k)) for k,v in {**defaults, **cfg}.items()}
-        if 'type' not in kw: return kw
-        typ = kw.pop('type')
-        return call(self.find(typ, where) if isinstance(typ, str) else typ, kw, where)
+        return build_parts(self, cfg, where, {**(default_args or {}), **defaults})
 
-# %% ../../nbs/01_core/00_registry.ipynb #cb8e38fe
-BACKBONES,NECKS,HEADS,DETECTORS,ROI_EXTRACTORS,SHARED_HEADS = map(Registry, ('backbone', 'neck', 'head', 'detector', 'roi_extractor', 'shared_head'))
-LOSSES,BBOX_ASSIGNERS,BBOX_SAMPLERS,BBOX_CODERS = map(Registry, ('loss', 'bbox_assigner', 'bbox_sampler', 'bbox_coder'))
-IOU_CALCULATORS,MATCH_COST,PRIOR_GENERATORS,PLUGIN_LAYERS = map(Registry, ('iou_calculator', 'match_cost', 'prior_generator', 'plugin_layer'))
-PIPELINES,DATASETS,HOOKS,RUNNERS,OPTIMIZERS,POSTPROCESS = map(Registry, ('pipeline', 'dataset', 'hook', 'runner', 'optimizer', 'postprocess'))
+# %% ../../nbs/01_core/00_registry.ipynb #a4f380f0
+def add_part(
+    registry,   # a `Registry`; changed
+    part,       # class or function
+    name=None,  # a name, several, or None for its own
+    force=False,# replace a different one
+):              # `part`
+    "Write a part into a registry; a true clash is an error that names both places."
+    if not callable(part): raise TypeError(f'{part!r} is no class or function; a {registry.name} must be one')
+    for n in [name] if isinstance(name, str) else name or [part.__name__]:
+        old = registry.get(n)
+        if old is not None and not force:
+            if not same_part(old, part):
+                raise NotFound(f'{n!r} is already a {registry.name}: {place_of(old)}. {place_of(part)} wants the same '
+                               'name; rename one, or pass force=True to replace the first')
+            if old.__module__ == '__main__' != part.__module__: continue
+        registry[n] = part
+    return part
+
+# %% ../../nbs/01_core/00_registry.ipynb #568843d5
+def find_part(
+    registry, # where to look first
+    name,     # a type name; a class or function is given back as it is
+    where='', # path in the config, for the message
+):            # class or function; `KeyError` if there is none, or more than one
+    "The class of a name, from this registry, from all, or from a module not imported yet."
+    if callable(name): return name
+    if not isinstance(name, str): raise TypeError(f'type={name!r} (at {where}) is neither a name nor a class')
+    for n in (name, re.sub(r'^(mmdet|mmcv|detlearn)\.', '', name)):
+        for module in [None, *find_in_index(n)]:
+            if module: importlib.import_module(module)
+            if n in registry: return registry[n]
+        having = [r for r in Registry.everything if n in r]
+        if len({r[n] for r in having}) > 1:
+            raise NotFound(f'{n!r}{f" (at {where})" if where else ""} is ambiguous: ' + ', '.join(f'{place_of(r[n])} ({r.name})' for r in having)
+                           + '; pass the class instead of its name')
+        if having: return having[0][n]
+    raise NotFound(unknown_part(registry, name, where))
+
+# %% ../../nbs/01_core/00_registry.ipynb #a22e9e0d
+def unknown_part(
+    registry, # where it was looked for
+    name:str, # the unknown type name
+    where='', # path in the config
+)->str:       # nearest spellings, each with its registry and module; what the registry holds if none is near
+    "The sentence for a type that nobody registered."
+    indexed = {s.rsplit('.', 1)[1] for mod,syms in _index['syms'].items() for s in syms if s.count('.') == mod.count('.')+1}
+    near = spelled_like(name, {n for r in Registry.everything for n in r} | indexed)
+    for mod in {m for n in near for m in find_in_index(n)}: importlib.import_module(mod)
+    places = [f'{n!r} ({r.name}, {place_of(r[n])})' for n in near for r in Registry.everything if n in r]
+    text = f'unknown {registry.name} {name!r}' + (f' (at {where})' if where else '')
+    if '.' in name: text += f'; it belongs to the package {name.split(".")[0]!r}, whose parts are registered when a config may import it'
+    return text + ('; did you mean ' + ' or '.join(places) + '?' if places else nearest(name, registry))
+
+# %% ../../nbs/01_core/00_registry.ipynb #4d4f32ca
+def build_parts(
+    registry,    # where names are looked for first
+    cfg,         # anything
+    where='',    # path in the config
+    defaults={}, # settings that the outermost dict may override
+):               # objects in place of dicts that have a `type`
+    "The recursive build, innermost first."
+    if type(cfg) in (list, tuple): return type(cfg)(build_parts(registry, c, f'{where}[{i}]') for i,c in enumerate(cfg))
+    if not isinstance(cfg, dict): return cfg
+    cfg = {**defaults, **cfg}
+    part = registry.find(cfg.pop('type'), where) if 'type' in cfg else None
+    stays = lambda k: is_spec(k) or k in getattr(part, 'specs', ())
+    kw = {k: copied(v) if stays(k) else build_parts(registry, v, f'{where}.{k}' if where else str(k)) for k,v in cfg.items()}
+    return kw if part is None else call(part, kw, where)
+
+# %% ../../nbs/01_core/00_registry.ipynb #95e9ccc7
+BACKBONES,NECKS,HEADS = Registry('backbone'),Registry('neck'),Registry('head')
+DETECTORS,ROI_EXTRACTORS,SHARED_HEADS = Registry('detector'),Registry('roi_extractor'),Registry('shared_head')
+LOSSES,BBOX_ASSIGNERS,BBOX_SAMPLERS = Registry('loss'),Registry('bbox_assigner'),Registry('bbox_sampler')
+BBOX_CODERS,IOU_CALCULATORS,MATCH_COST = Registry('bbox_coder'),Registry('iou_calculator'),Registry('match_cost')
+PRIOR_GENERATORS,PLUGIN_LAYERS,POSTPROCESS = Registry('prior_generator'),Registry('plugin_layer'),Registry('postprocess')
+PIPELINES,DATASETS = Registry('pipeline'),Registry('dataset')
+HOOKS,RUNNERS,OPTIMIZERS = Registry('hook'),Registry('runner'),Registry('optimizer')
 ANCHOR_GENERATORS = PRIOR_GENERATORS

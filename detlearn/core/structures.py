@@ -49,8 +49,8 @@ class GroundTruth(Movable):
     valid:Tensor=None      # `(..., G)` bool, False for padding; default: all are valid
     ignore:Tensor=None     # `(..., G)` bool, True for a crowd or a difficult object; default: none is
     masks:Tensor=None      # `(..., G, H, W)` uint8, or None
-    sizes:Tensor=None      # `(..., 2)` int64 height, width of the image inside the padded batch; None: all of it
-    pad_sizes:Tensor=None  # `(..., 2)` int64 height, width after the pipeline's own padding; None: as `sizes`
+    sizes:Tensor=None      # `(..., 2)` int64 height, width inside the padded batch; None: all of it
+    pad_sizes:Tensor=None  # `(..., 2)` int64 height, width after the pipeline's padding; None: `sizes`
 
     def __post_init__(self):
         if self.valid is None: self.valid = torch.ones_like(self.boxes[..., 0], dtype=torch.bool)
@@ -60,7 +60,8 @@ class GroundTruth(Movable):
         i, # number of an image, or a slice
     ):     # `GroundTruth` of that image, still padded
         "One image of a batch."
-        return type(self)(**{f.name: None if (v := getattr(self, f.name)) is None else v[i] for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{k: None if v is None else v[i] for k,v in values.items()})
 
     @property
     def real(self)->Tensor: # `(..., G)` bool
@@ -69,7 +70,7 @@ class GroundTruth(Movable):
 
     @classmethod
     def pad(cls,
-        images:list, # one `dict(boxes=, labels=[, ignore=, masks=, size=, pad_size=])` an image; boxes `(G_i, 4)`, `G_i` may be 0
+        images:list, # dicts: `boxes` `(G_i, 4)`, `labels`, and maybe `ignore` `masks` `size` `pad_size`
     ):               # `GroundTruth` with leading axis `B`, `G` = the largest `G_i`
         "Stack images with different numbers of objects."
         return cls(**pad_objects(images))
@@ -79,19 +80,23 @@ def check_objects(
     images:list, # see `GroundTruth.pad`
 ):               # nothing, or `ValueError`
     "A sentence about what can't be stacked."
-    if not images: raise ValueError('no images to pad: give one dict an image, also for images without objects.')
+    if not images:
+        raise ValueError('no images to pad: give one dict an image, also for images without objects.')
     for i,im in enumerate(images):
         shape = tuple(im['boxes'].shape)
         if len(shape) != 2 or shape[1] != 4:
-            raise ValueError(f'image {i}: boxes have shape {shape}, expected (objects, 4); no objects are torch.zeros(0, 4).')
+            raise ValueError(f'image {i}: boxes have shape {shape}, expected (objects, 4); '
+                             'no objects are torch.zeros(0, 4).')
         for key in ('labels', 'ignore', 'masks'):
             if im.get(key) is not None and len(im[key]) != shape[0]:
-                raise ValueError(f'image {i}: {len(im[key])} {key} for {shape[0]} boxes; give one for each.')
+                raise ValueError(f'image {i}: {len(im[key])} {key} for {shape[0]} boxes; '
+                                 'give one for each.')
     for key in ('masks', 'size', 'pad_size'):
         needed = [im for im in images if key != 'masks' or len(im['boxes'])]
         given = sum(im.get(key) is not None for im in needed)
         if 0 < given < len(needed):
-            raise ValueError(f'{given} of {len(needed)} images have {key!r}: give it for all of them, or for none.')
+            raise ValueError(f'{given} of {len(needed)} images have {key!r}: '
+                             'give it for all of them, or for none.')
 
 # %% ../../nbs/01_core/02_structures.ipynb #6307eb03
 def pad_masks(
@@ -108,35 +113,40 @@ def pad_objects(
     "Pad each field to the largest number of objects, and stack."
     check_objects(images)
     pad = lambda seq, value: torch.nn.utils.rnn.pad_sequence(list(seq), True, value)
-    rows = lambda key, default: [im[key] if im.get(key) is not None else default(im['boxes']) for im in images]
+    rows = lambda key, default: [im[key] if im.get(key) is not None else default(im['boxes'])
+                                 for im in images]
     out = dict(boxes=pad(rows('boxes', None), 0.),
                labels=pad(rows('labels', lambda b: b.new_zeros(len(b), dtype=torch.long)), -1),
-               valid=pad([im['boxes'].new_ones(len(im['boxes']), dtype=torch.bool) for im in images], False),
+               valid=pad([im['boxes'].new_ones(len(im['boxes']), dtype=torch.bool) for im in images],
+                         False),
                ignore=pad(rows('ignore', lambda b: b.new_zeros(len(b), dtype=torch.bool)), False))
     if any(im.get('masks') is not None for im in images):  # an image without objects needs none
         out['masks'] = pad_masks(rows('masks', lambda b: b.new_zeros(0, 1, 1, dtype=torch.uint8)))
     for key,name in (('size', 'sizes'), ('pad_size', 'pad_sizes')):
-        if images[0].get(key) is not None: out[name] = torch.stack([torch.as_tensor(im[key]) for im in images])
+        if images[0].get(key) is not None:
+            out[name] = torch.stack([torch.as_tensor(im[key]) for im in images])
     return out
 
 # %% ../../nbs/01_core/02_structures.ipynb #31e2232a
 @dataclass
 class Priors(Movable):
     "The boxes (or points) a head makes one prediction for each, all levels in one axis."
-    boxes:Tensor          # `(P, 4)` xyxy pixels, or `(..., P, 4)` where they differ between images; points: `(P, 2)` or `(P, 4)`
+    boxes:Tensor  # `(..., P, 4)` xyxy, pixels, `(P, 4)` if all images share them; points `(P, 2 or 4)`
     level_sizes:list=None # priors of each level; they add up to `P`
     strides:list=None     # `(w, h)` of each level, pixels
-    valid:Tensor=None     # `(..., P)` bool, False: takes no part (outside the image, a padded proposal); None: all do
+    valid:Tensor=None     # `(..., P)` bool, False: takes no part (outside, padded); None: all do
 
     def __post_init__(self):
         P = self.boxes.shape[-2]
         if self.level_sizes is None: self.level_sizes = [P]
-        if sum(self.level_sizes) != P: raise ValueError(f'levels of {self.level_sizes} priors do not add up to {P} boxes.')
+        if sum(self.level_sizes) != P:
+            raise ValueError(f'levels of {self.level_sizes} priors do not add up to {P} boxes.')
 
     @property
     def levels(self)->Tensor: # `(P,)` int64
         "The level of each prior."
-        return torch.cat([torch.full((n,), i, device=self.boxes.device) for i,n in enumerate(self.level_sizes)])
+        return torch.cat([torch.full((n,), i, device=self.boxes.device)
+                          for i,n in enumerate(self.level_sizes)])
 
     def split(self,
         x, # `(B, P, ...)`
@@ -199,7 +209,8 @@ class Detections(Movable):
     def cut(self)->'Detections': # of one image, `(K_i, ...)`
         "Drop the padding of one image; its number of boxes must be known on the host."
         v = self.valid
-        if v.ndim != 1: raise ValueError(f'cut is for one image, these are {tuple(v.shape[:-1])}: write dets[i].cut().')
+        if v.ndim != 1:
+            raise ValueError(f'cut is for one image, here are {v.shape[0]}: write dets[i].cut().')
         return Detections(self.boxes[v], self.scores[v], self.labels[v], v[v])
 
 # %% ../../nbs/01_core/02_structures.ipynb #213a9aea
@@ -208,4 +219,4 @@ class Batch(Movable):
     "What the loader gives to a detector."
     images:Tensor    # `(B, 3, H, W)` float, normalised, padded to one size
     gt:GroundTruth   # its objects; `sizes` tells each image's part of the padded batch
-    metas:list=None  # one dict an image: the zoo's `img_metas` (`filename`, `ori_shape`, `img_shape`, `pad_shape`, `scale_factor`, `flip`, ...) and `matrix` (3×3, photo → network input)
+    metas:list=None  # a dict an image: the zoo's `img_metas`, and `matrix` (3×3, photo to input)

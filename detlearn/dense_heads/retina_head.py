@@ -16,13 +16,14 @@ from .dense_head import DenseHead
 def tower(
     in_channels:int,   # of the neck's maps
     feat_channels:int, # of all further maps
-    stacked_convs:int, # how many convolutions
+    stacked_convs:int, # how many convolutions; may be 0
     conv_cfg=None,     # recipe of the convolutions
     norm_cfg=None,     # recipe of the norms
 )->nn.ModuleList:      # of `ConvModule`
-    "3×3 convolutions in a row."
-    return nn.ModuleList(ConvModule(in_channels if i == 0 else feat_channels, feat_channels, 3, padding=1, conv_cfg=conv_cfg, norm_cfg=norm_cfg)
-                         for i in range(stacked_convs))
+    "3×3 convolutions in a row, each with its activation."
+    widths = [in_channels] + [feat_channels]*stacked_convs
+    return nn.ModuleList(ConvModule(a, b, 3, padding=1, conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+                         for a,b in zip(widths, widths[1:]))
 
 # %% ../../nbs/09_dense_heads/01_retina_head.ipynb #731518a1
 @HEADS.register_module()
@@ -35,17 +36,19 @@ class RetinaHead(DenseHead):
         conv_cfg=None,         # recipe of the convolutions
         norm_cfg=None,         # recipe of the norms; None as in the paper
         anchor_generator=None, # default: three octave steps, three ratios, strides 8 to 128
-        init_cfg=dict(type='Normal', layer='Conv2d', std=.01, override=dict(type='Normal', name='retina_cls', std=.01, bias_prob=.01)), # start of the weights
+        init_cfg=dict(type='Normal', layer='Conv2d', std=.01, # start of the weights; classes say 1 %
+                      override=dict(type='Normal', name='retina_cls', std=.01, bias_prob=.01)),
         **kwargs,              # of `DenseHead`
     ):
         self.stacked_convs,self.conv_cfg,self.norm_cfg = stacked_convs,conv_cfg,norm_cfg
-        anchors = anchor_generator or AnchorGenerator([8, 16, 32, 64, 128], [.5, 1., 2.], octave_base_scale=4, scales_per_octave=3)
+        anchors = anchor_generator or AnchorGenerator([8, 16, 32, 64, 128], [.5, 1., 2.],
+                                                      octave_base_scale=4, scales_per_octave=3)
         super().__init__(num_classes, in_channels, anchor_generator=anchors, init_cfg=init_cfg, **kwargs)
 
     def make_layers(self):
         "The towers, and a convolution at the end of each."
-        towers = [tower(self.in_channels, self.feat_channels, self.stacked_convs, self.conv_cfg, self.norm_cfg) for _ in range(2)]
-        self.cls_convs,self.reg_convs = towers
+        sizes = self.in_channels,self.feat_channels,self.stacked_convs
+        self.cls_convs,self.reg_convs = [tower(*sizes, self.conv_cfg, self.norm_cfg) for _ in range(2)]
         last = self.feat_channels if self.stacked_convs else self.in_channels
         self.retina_cls = nn.Conv2d(last, self.num_base_priors*self.cls_out_channels, 3, padding=1)
         self.retina_reg = nn.Conv2d(last, self.num_base_priors*4, 3, padding=1)

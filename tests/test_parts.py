@@ -1,0 +1,232 @@
+"""Rules that every part of the targets and the losses must keep, each tested once for all that are registered.
+
+A part is found by its registry, its settings and a loss's inputs come from the golden cases of its type, so a new page brings its tests with it.
+The rules: one graph for the compiler; no tensor on the wrong device and no wait of the host; as many kernels for eight
+images as for one; images without objects; half precision in, float32 out.
+"""
+import importlib, itertools
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from detlearn._modidx import d as INDEX
+from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, LOSSES, PRIOR_GENERATORS
+from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
+from counting import count
+from test_golden import CASES, read
+
+for module in INDEX['syms']:
+    if module.split('.')[1] in ('targets', 'losses'): importlib.import_module(module)
+
+ON_HOST = set()       # parts that go to the host once a batch (Hungarian matching): named here, with the reason on their page
+MAPS, C = [(8, 8), (4, 4)], 3
+pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo accepts and we warn about are still to work
+
+
+def settings(name, most=2):
+    "Some settings of a type: those of its golden cases, or none at all."
+    seen = {}
+    for _, tensors, case in CASES:
+        if case['type'] == name and 'raises' not in case: seen.setdefault(repr(case['kwargs']), read(case['kwargs'], tensors))
+    return list(itertools.islice(seen.values(), most)) or [{}]
+
+
+def parts(*registries):
+    "Each registered part with each of its settings, as pytest parameters."
+    found = [(reg.name, cls, kw) for reg in registries for cls in dict.fromkeys(reg.values()) for kw in settings(cls.__name__)]
+    return [pytest.param(role, cls, kw, id=f'{cls.__name__}-{i}') for i, (role, cls, kw) in enumerate(found)]
+
+
+def scene(images, objects=4, seed=0):
+    "Objects of a batch, the last slot of each image padding, a crowd in between, and priors around them."
+    g = torch.Generator().manual_seed(seed)
+    xy, wh = torch.rand(images, objects, 2, generator=g)*48, torch.rand(images, objects, 2, generator=g)*24 + 4
+    gt = GroundTruth(torch.cat([xy, xy+wh], -1), torch.randint(0, C, (images, objects), generator=g))
+    if objects > 2:
+        gt.valid[:, -1] = False
+        gt.ignore[:, -2] = True
+    xy, wh = torch.rand(60, 2, generator=g)*56, torch.rand(60, 2, generator=g)*28 + 4
+    priors = Priors(torch.cat([xy, xy+wh], -1), valid=torch.rand(images, 60, generator=g) > .1)
+    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2)
+    return priors, gt, preds
+
+
+def call_of(role, cls, kw):
+    "`f(priors, gt, preds)`: one use of a part, tensors in, a list of tensors out."
+    part = cls(**kw)
+    if role == 'bbox_assigner':
+        def use(priors, gt, preds):
+            res = part.assign(priors, gt, preds)
+            return [t for t in (res.num_gts, res.gt_inds, res.max_overlaps, res.labels) if t is not None]
+    elif role == 'bbox_sampler':
+        def use(priors, gt, preds):
+            codes = (torch.arange(priors.boxes.shape[-2], device=gt.boxes.device) % 3 - 1) * gt.real.any(-1, keepdim=True)
+            res = part.sample(AssignResult(gt.real.sum(-1), codes), priors, gt)
+            return [res.boxes, res.labels, res.weight]
+    elif role == 'bbox_coder':
+        def use(priors, gt, preds):
+            boxes = part.decode(priors.boxes, preds.deltas, gt.valid.new_full((gt.valid.shape[0], 2), 64, dtype=torch.long))
+            return [boxes, part.encode(priors.boxes, boxes + priors.boxes.new_full((4,), 1.).cumsum(0))]
+    elif role == 'prior_generator':
+        def use(priors, gt, preds):
+            made = part(MAPS[:1]*len(part.strides), gt.boxes.device)
+            return [made.boxes]
+    else: raise AssertionError(f'no recipe for the role {role!r}: add one to tests/test_parts.py')
+    return use
+
+
+def on_cuda(x):
+    "The same structure with tensors of a pretended GPU; only inside a `FakeTensorMode`."
+    return torch.empty_like(x, device='cuda') if isinstance(x, torch.Tensor) else x
+
+
+def pretended(structure):
+    return type(structure)(**{k: on_cuda(v) for k, v in vars(structure).items()})
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for g, w in zip(got, want): torch.testing.assert_close(g, w, equal_nan=True)
+
+
+TARGETS = parts(BBOX_ASSIGNERS, BBOX_SAMPLERS, BBOX_CODERS, PRIOR_GENERATORS)
+targets = pytest.mark.parametrize('role,cls,kw', TARGETS)
+
+
+def test_the_parts_are_there():
+    names = {p.values[1].__name__ for p in TARGETS} | set(LOSSES)
+    assert {'AnchorGenerator', 'DeltaXYWHBBoxCoder', 'MaxIoUAssigner', 'PseudoSampler', 'FocalLoss', 'L1Loss'} <= names
+
+
+@targets
+def test_target_is_one_graph(role, cls, kw):
+    torch._dynamo.reset()
+    use, given = call_of(role, cls, kw), scene(2)
+    same(torch.compile(use, fullgraph=True, backend='eager')(*given), use(*given))
+
+
+@targets
+def test_target_on_any_device_without_a_wait(role, cls, kw):
+    given = scene(2)
+    assert count(lambda: call_of(role, cls, kw)(*given))['syncs'] == 0 or cls.__name__ in ON_HOST
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        use, pretend = call_of(role, cls, kw), [pretended(g) for g in given]
+        out = []
+        counted = count(lambda: out.extend(use(*pretend)))
+        assert all(t.device.type == 'cuda' for t in out)
+    assert counted['syncs'] == 0 or cls.__name__ in ON_HOST, counted['where']
+
+
+@targets
+def test_target_of_eight_images_costs_one(role, cls, kw):
+    use = call_of(role, cls, kw)
+    one, eight = (count(lambda: use(*scene(n)))['ops'] - count(lambda: scene(n))['ops'] for n in (1, 8))
+    assert one == eight
+
+
+@targets
+def test_target_without_objects(role, cls, kw):
+    use = call_of(role, cls, kw)
+    full, empty = use(*scene(2)), use(*scene(2, objects=0))
+    assert [t.shape for t in full] == [t.shape for t in empty]
+    assert all(t.isfinite().all() for t in empty)
+    if role == 'bbox_assigner': assert (empty[1] <= 0).all() and (empty[0] == 0).all()
+
+
+@targets
+def test_target_in_half_precision(role, cls, kw):
+    use, (priors, gt, preds) = call_of(role, cls, kw), scene(2)
+    half = Predictions(preds.scores.bfloat16(), preds.deltas.bfloat16())
+    with torch.autocast('cpu', torch.bfloat16): out = use(priors, gt, half)
+    assert all(t.dtype != torch.bfloat16 and not t.is_floating_point() or t.dtype == torch.float32 for t in out)
+    same(out, use(priors, gt, Predictions(half.scores.float(), half.deltas.float())))
+
+
+@pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.values[0] != 'prior_generator'])   # those are the same for all images
+def test_image_alone_or_in_a_batch(role, cls, kw):
+    use, (priors, gt, preds) = call_of(role, cls, kw), scene(3)
+    alone = lambda s, i: type(s)(**{k: v[i:i+1] if isinstance(v, torch.Tensor) and len(v) == 3 else v for k, v in vars(s).items()})
+    for i in range(3): same(use(*(alone(s, i) for s in (priors, gt, preds))), [t[i:i+1] for t in use(priors, gt, preds)])
+
+
+def loss_cases():
+    "For each registered loss, a golden case with each of its settings, weighted where there is one."
+    for cls in dict.fromkeys(LOSSES.values()):
+        seen = {}
+        for _, tensors, case in CASES:
+            if case['type'] != cls.__name__ or case['call'] != 'forward' or 'raises' in case or 'state' in case: continue
+            args = read(case['args'], tensors)
+            first = next(iter(args.values()))
+            if not (isinstance(first, torch.Tensor) and len(first) and first.is_floating_point()): continue
+            key = repr(case['kwargs'])
+            if key not in seen or len(args) > len(seen[key][1]): seen[key] = read(case['kwargs'], tensors), args
+        for i, (kw, args) in enumerate(itertools.islice(seen.values(), 3)): yield pytest.param(cls, kw, args, id=f'{cls.__name__}-{i}')
+        if not seen: yield pytest.param(cls, {}, None, id=cls.__name__)
+
+
+losses = pytest.mark.parametrize('cls,kw,args', list(loss_cases()))
+
+
+def forward_backward(loss, args):
+    "The loss and the gradient of its first argument."
+    name, pred = next(iter(args.items()))
+    pred = pred.detach().clone().requires_grad_()
+    value = loss(**{**args, name: pred})
+    value.sum().backward()
+    return value, pred.grad
+
+
+def changed(args, change): return {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+
+
+@losses
+def test_loss_is_one_graph(cls, kw, args):
+    assert args, f'no golden case shows how {cls.__name__} is called'
+    torch._dynamo.reset()
+    loss = cls(**kw)
+    same([torch.compile(loss, fullgraph=True, backend='eager')(**args)], [loss(**args)])
+
+
+@losses
+def test_loss_on_any_device_without_a_wait(cls, kw, args):
+    loss = cls(**kw)
+    assert count(lambda: forward_backward(loss, args))['syncs'] == 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss, pretend, out = cls(**kw).to('cuda'), changed(args, on_cuda), []
+        counted = count(lambda: out.append(loss(**pretend)))   # forward alone: autograd wants a real device
+        assert out[0].device.type == 'cuda'
+    assert counted['syncs'] == 0, counted['where']
+
+
+@losses
+def test_loss_of_nothing(cls, kw, args):
+    "No element, or none with a weight: zero, finite, and the graph is kept."
+    name = next(iter(args))
+    n = len(args[name])
+    nothing = {k: v[:0] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v for k, v in args.items()}
+    value, grad = forward_backward(cls(**{**kw, 'reduction': 'sum'}), {k: v for k, v in nothing.items() if k not in ('avg_factor', 'reduction_override')})
+    assert value.sum() == 0 and grad.numel() == 0
+    if 'weight' not in args or kw.get('use_mask'): return
+    value, grad = forward_backward(cls(**kw), {**args, 'weight': torch.zeros_like(args['weight'], dtype=torch.float)})
+    assert value.abs().sum() == 0 and grad.abs().sum() == 0
+
+
+@losses
+def test_loss_in_half_precision(cls, kw, args):
+    loss, name = cls(**kw), next(iter(args))
+    half = {**args, name: args[name].bfloat16()}
+    with torch.autocast('cpu', torch.bfloat16): value, grad = forward_backward(loss, half)
+    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    same([value], [loss(**{**args, name: half[name].float()})])
+
+
+def test_the_counter_sees_each_kind_of_wait():
+    x = torch.arange(4.)
+    waiting = dict(item=lambda: x.sum().item(), mask=lambda: x[x > 1], nonzero=lambda: x.nonzero(), put=lambda: x.clone().index_put_((x > 1,), x[0]))
+    for name, wait in waiting.items(): assert count(wait)['syncs'] == 1, name
+    assert count(lambda: x[torch.tensor([0, 2])])['syncs'] == 0
+    assert count(lambda: x.t().view(2, 2).sum())['kernels'] == 1
+    with FakeTensorMode():
+        x = torch.empty(4, device='cuda')
+        for copies, n in ((lambda: x.new_tensor([1., 2]), 1), (lambda: x.cpu(), 1), (lambda: torch.ones(2).to('cuda', non_blocking=True), 0),
+                          (lambda: x.double(), 0), (lambda: x.copy_(torch.ones(4)), 1), (lambda: x.copy_(torch.ones(4), non_blocking=True), 0)):
+            assert count(copies)['syncs'] == n
