@@ -23,9 +23,12 @@ def read(value, tensors):
     if '$t' in value: return tensors[value['$t']].clone()
     if '$np' in value: return tensors[value['$np']].numpy().copy()
     if '$tuple' in value: return tuple(read(value['$tuple'], tensors))
-    if '$build' in value: return ours.build(read(value['$build'], tensors))
+    if '$build' in value:
+        cfg = read(value['$build'], tensors)
+        return ours.build('coders' if 'Coder' in cfg['type'] else 'losses', cfg)
     plain = {k: read(v, tensors) for k, v in value.get('$obj', value).items()}
-    return SimpleNamespace(**plain) if '$obj' in value or {'gt_inds', 'max_overlaps'} <= set(plain) else plain
+    made = ours.argument(plain)
+    return SimpleNamespace(**plain) if '$obj' in value and made is plain else made
 
 
 def difference(got, want, where='', exact=False):
@@ -60,14 +63,23 @@ def tensors_of(x):
     return [t for v in x for t in tensors_of(v)] if isinstance(x, (list, tuple, type({}.values()))) else []
 
 
-def compute(case, tensors):
+def call_of(group, case, tensors):
+    "The function or method that a case calls."
+    if case['call'] is None: return ours.function(group, case['type'])
+    part = ours.build(group, dict(type=case['type'], **read(case.get('kwargs', {}), tensors)))
+    for name, value in read(case.get('state', {}), tensors).items():
+        getattr(part, name).copy_(value) if isinstance(value, torch.Tensor) else setattr(part, name, value)
+    return part if case['call'] == '__call__' else getattr(part, case['call'])
+
+
+def compute(group, case, tensors):
     "Run a case; where it asks for gradients, those of the sum of everything."
-    args, kwargs, state = (read(case.get(k, {}), tensors) for k in ('args', 'kwargs', 'state'))
+    args = read(case.get('args', {}), tensors)
     out = case.get('out')
     names = list(out.get('grad', {})) if isinstance(out, dict) and 'value' in out else []
     for name in names: args[name].requires_grad_()
     torch.manual_seed(0)
-    value = ours.run(case['type'], case['call'], kwargs, args, state)
+    value = call_of(group, case, tensors)(**args)
     if not names: return value
     total = sum(t.sum() for t in tensors_of(value))
     return dict(value=value, grad=dict(zip(names, torch.autograd.grad(total, [args[n] for n in names], allow_unused=True))))
@@ -83,7 +95,7 @@ def load(folder):
 
 
 CASES = list(load(FOLDER))
-HERE = [c for c in CASES if ours.there(c[2]['type'])]
+HERE = [c for c in CASES if ours.there(c[0], c[2])]
 
 
 def as_param(group, tensors, case):
@@ -93,16 +105,16 @@ def as_param(group, tensors, case):
 
 @pytest.mark.parametrize('group,tensors,case', [as_param(*c) for c in HERE])
 def test_golden(group, tensors, case):
-    if 'raises' in case: return refused(case, tensors)
-    text = difference(compute(case, tensors), read(case['out'], tensors), exact=case['type'] in EXACT)
+    if 'raises' in case: return refused(group, case, tensors)
+    text = difference(compute(group, case, tensors), read(case['out'], tensors), exact=case['type'] in EXACT)
     assert text is None, text
 
 
-def refused(case, tensors):
+def refused(group, case, tensors):
     "What the reference refuses, we refuse, or say a word about."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
-        try: compute(case, tensors)
+        try: compute(group, case, tensors)
         except Exception: return
     assert said, f"the reference raises {case['raises']}: {case.get('message', '')}"
 
@@ -110,7 +122,7 @@ def refused(case, tensors):
 def test_the_folder_holds_cases(capsys):
     "A wrong path must not pass as nothing to do; types to come are counted."
     assert HERE, f'no case for any of our types in {FOLDER}'
-    missing = collections.Counter(case['type'] for _, _, case in CASES if not ours.there(case['type']))
+    missing = collections.Counter(case['type'] for group, _, case in CASES if not ours.there(group, case))
     with capsys.disabled():
         print(f"\ngolden: {len(HERE)} of {len(CASES)} cases run; {sum(missing.values())} wait for {len(missing)} types: {', '.join(sorted(missing))}")
 
