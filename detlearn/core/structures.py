@@ -162,6 +162,7 @@ class AssignResult(Movable):
     gt_inds:Tensor           # `(..., P)` int64: `IGNORE`, `BACKGROUND`, or `k` for object `k-1`
     max_overlaps:Tensor=None # `(..., P)` IoU with the best object
     labels:Tensor=None       # `(..., P)` int64: class of the owner, -1 without one
+    extras:dict=field(default_factory=dict) # what one assigner tells besides, by name
 
 # %% ../../nbs/01_core/02_structures.ipynb #fab27ff4
 @dataclass
@@ -188,8 +189,8 @@ class SamplingResult(Movable):
 class Predictions(Movable):
     "What a head says about each prior, before any decoding."
     scores:Tensor                            # `(B, P, C)` raw class scores (logits)
-    deltas:Tensor                            # `(B, P, 4)` raw box deltas
-    extras:dict=field(default_factory=dict)  # further outputs by name, `(B, P, ...)`
+    deltas:Tensor=None                       # `(B, P, 4)` raw box deltas
+    extras:dict=field(default_factory=dict)  # by name: `boxes` `(B, P, 4)` decoded, `objectness`, `masks`, ...
 
 # %% ../../nbs/01_core/02_structures.ipynb #5296d696
 @dataclass
