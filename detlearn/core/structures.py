@@ -192,6 +192,23 @@ class Predictions(Movable):
     deltas:Tensor=None                       # `(B, P, 4)` raw box deltas
     extras:dict=field(default_factory=dict)  # by name: `boxes` `(B, P, 4)` decoded, `objectness`, `masks`, ...
 
+    def extra(self,
+        name,     # key of `extras`
+    )->Tensor:    # without gradient
+        "A further output; a `ValueError` says how to give it if it is missing."
+        if self.extras.get(name) is None:
+            raise ValueError(f'these predictions hold no {name}: give Predictions(scores, deltas, '
+                             f'extras=dict({name}=...)); it has {sorted(self.extras) or "none"}.')
+        return self.extras[name].detach()
+
+    @property
+    def probabilities(self)->Tensor: # `(B, P, C)` float32 in 0..1, without gradient
+        "Sigmoid of the scores, times that of `objectness`; or `extras['probabilities']`, where a head makes its own."
+        if 'probabilities' in self.extras: return self.extra('probabilities').float()
+        chance = self.scores.detach().float().sigmoid()
+        if 'objectness' not in self.extras: return chance
+        return chance * self.extra('objectness').float().sigmoid()
+
 # %% ../../nbs/01_core/02_structures.ipynb #5296d696
 @dataclass
 class Detections(Movable):
