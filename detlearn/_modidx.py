@@ -87,6 +87,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                      'detlearn.core.boxes.clip_boxes': ('01_core/boxes.html#clip_boxes', 'detlearn/core/boxes.py'),
                                      'detlearn.core.boxes.cxcywh_to_xyxy': ('01_core/boxes.html#cxcywh_to_xyxy', 'detlearn/core/boxes.py'),
                                      'detlearn.core.boxes.full_precision': ('01_core/boxes.html#full_precision', 'detlearn/core/boxes.py'),
+                                     'detlearn.core.boxes.paired_iou': ('01_core/boxes.html#paired_iou', 'detlearn/core/boxes.py'),
                                      'detlearn.core.boxes.xywh_to_xyxy': ('01_core/boxes.html#xywh_to_xyxy', 'detlearn/core/boxes.py'),
                                      'detlearn.core.boxes.xyxy_to_cxcywh': ('01_core/boxes.html#xyxy_to_cxcywh', 'detlearn/core/boxes.py'),
                                      'detlearn.core.boxes.xyxy_to_xywh': ('01_core/boxes.html#xyxy_to_xywh', 'detlearn/core/boxes.py')},
