@@ -164,6 +164,28 @@ class AssignResult(Movable):
     labels:Tensor=None       # `(..., P)` int64: class of the owner, -1 without one
     extras:dict=field(default_factory=dict) # what one assigner tells besides, by name
 
+    @property
+    def num_preds(self)->int: # `P`
+        "How many priors have an answer."
+        return self.gt_inds.shape[-1]
+
+    @property
+    def info(self)->dict: # of tensors `(...)` and one number
+        "Counts for a log: `num_gts`, `num_preds`, `positive`, `background`, `ignored`."
+        count = lambda mask: mask.sum(-1)
+        return dict(num_gts=self.num_gts, num_preds=self.num_preds, positive=count(self.gt_inds > 0),
+                    background=count(self.gt_inds == BACKGROUND), ignored=count(self.gt_inds == IGNORE))
+
+    def add_gt(self,
+        gt, # `GroundTruth` that was assigned, `G` slots
+    )->'AssignResult': # of `G+P` priors; `extras` are not kept
+        "The same with the objects' own boxes in front: each finds itself, padding and crowds are ignored."
+        own = torch.arange(1, gt.real.shape[-1]+1, device=gt.real.device)
+        codes = torch.cat([torch.where(gt.real, own, IGNORE), self.gt_inds], -1)
+        front = lambda new, old: None if new is None or old is None else torch.cat([new.to(old.dtype), old], -1)
+        labels = None if gt.labels is None else gt.labels.masked_fill(~gt.real, -1)
+        return AssignResult(self.num_gts, codes, front(gt.real, self.max_overlaps), front(labels, self.labels))
+
 # %% ../../nbs/01_core/02_structures.ipynb #fab27ff4
 @dataclass
 class SamplingResult(Movable):

@@ -1,0 +1,164 @@
+"""Every registered assigner: a batch gives what the images give one by one, and asks the host for nothing.
+
+An assigner is found by its registry. Its settings are those of its golden cases, or those of `SETTINGS`; what it asks of predictions stands in
+`predictions`. Images are drawn by hypothesis: no object up to five, crowds, padding at any place, priors that take no part.
+"""
+import functools, importlib
+import pytest
+import torch
+from hypothesis import given, settings as run, strategies as st
+from torch._subclasses import FakeTensorMode
+from detlearn._modidx import d as INDEX
+from detlearn.core.registry import BBOX_ASSIGNERS
+from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
+from detlearn.targets.priors import AnchorGenerator
+from counting import count
+from test_golden import CASES, read
+
+for module in INDEX['syms']:
+    if module.startswith('detlearn.targets.'): importlib.import_module(module)
+
+pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo accepts and we warn about
+SIDE, C = 64, 3
+SETTINGS = {}   # by type name: a list of settings, in place of those of the golden cases
+ON_HOST = {'HungarianAssigner': 1, 'MaskHungarianAssigner': 1}   # waits of one batch, with the reason on their pages; all others: none
+BY_ORDER = {'MaxIoUAssigner', 'ApproxMaxIoUAssigner', 'GridAssigner', 'RegionAssigner'}   # of two claims, that of the later object wins
+
+
+def settings_of(name, most=3):
+    if name in SETTINGS: return SETTINGS[name]
+    seen = {}
+    for _, tensors, case in CASES:
+        if case['type'] == name and 'raises' not in case: seen.setdefault(repr(case['kwargs']), read(case['kwargs'], tensors))
+    return list(seen.values())[:most] or [{}]
+
+
+ALL = [pytest.param(cls, kw, id=f'{name}-{i}') for name, cls in sorted(BBOX_ASSIGNERS.items()) for i, kw in enumerate(settings_of(name))]
+every_assigner = pytest.mark.parametrize('cls,kw', ALL)
+
+
+@functools.cache
+def some_priors():
+    "Two levels of squares: 64 of side 32 and 16 of side 64, their centres in the middle of the cells."
+    return AnchorGenerator([8, 16], [1.], [4.], center_offset=.5)([(8, 8), (4, 4)])
+
+
+def boxes_of(n, g):
+    "Boxes inside the image, in general position, so that nothing hangs on a tie."
+    xy, wh = torch.rand(n, 2, generator=g)*(SIDE-12), torch.rand(n, 2, generator=g)*30 + 8
+    return torch.cat([xy, (xy+wh).clamp(max=SIDE)], -1)
+
+
+def predictions(images, g):
+    "What the assigners ask of predictions, in general position: near the priors."
+    boxes = some_priors().boxes
+    near = boxes + torch.randn(images, *boxes.shape, generator=g)*4
+    near = torch.cat([torch.minimum(near[..., :2], near[..., 2:] - 1), near[..., 2:]], -1)
+    P = len(boxes)
+    return Predictions(torch.randn(images, P, C, generator=g), torch.randn(images, P, 4, generator=g)*.2,
+                       dict(boxes=near, objectness=torch.randn(images, P, generator=g)))
+
+
+def one(s, i):
+    "Image `i` of a structure with a batch axis, without it."
+    pick = lambda v: {k: pick(x) for k, x in v.items()} if isinstance(v, dict) else v[i] if isinstance(v, torch.Tensor) else v
+    return type(s)(**{k: pick(v) for k, v in vars(s).items()})
+
+
+def draw_batch(counts, crowds, seed):
+    "A padded batch, its slots in any order, and each image alone: `(gt, [(gt_i, slots_i), ...])`."
+    g = torch.Generator().manual_seed(seed)
+    G = max(counts) + seed % 2
+    slots = [torch.randperm(G, generator=g)[:n] for n in counts]             # where each object sits
+    gt = GroundTruth(torch.rand(len(counts), G, 4, generator=g)*SIDE, torch.full((len(counts), G), -1),
+                     torch.zeros(len(counts), G, dtype=torch.bool))          # rubbish in the padding
+    alone = []
+    for i, (n, at) in enumerate(zip(counts, slots)):
+        image = GroundTruth(boxes_of(n, g), torch.randint(0, C, (n,), generator=g), ignore=torch.rand(n, generator=g) < crowds)
+        for name in ('boxes', 'labels', 'ignore'): getattr(gt, name)[i, at] = getattr(image, name)
+        gt.valid[i, at] = True
+        alone.append((image, at))
+    return gt, alone
+
+
+def at_slots(codes, slots):
+    "Codes of an image alone, as they stand in the batch."
+    return torch.where(codes > 0, torch.cat([slots, slots.new_zeros(1)])[(codes-1).clamp(min=0).clamp(max=len(slots))] + 1, codes)
+
+
+@every_assigner
+@run(max_examples=25, deadline=None)
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), crowds=st.sampled_from([0., .3, 1.]), seed=st.integers(0, 10**6), part=st.booleans())
+def test_batch_is_the_loop_over_images(cls, kw, counts, crowds, seed, part):
+    gt, alone = draw_batch(counts, crowds, seed)
+    g = torch.Generator().manual_seed(seed)
+    if cls.__name__ in BY_ORDER:                                              # the order is kept, the gaps stay
+        alone = [(GroundTruth(im.boxes[o], im.labels[o], ignore=im.ignore[o]), at[o]) for im, at in alone for o in [at.argsort()]]
+    preds, assigner, base = predictions(len(counts), g), cls(**kw), some_priors()
+    valid = torch.rand(len(counts), len(base.boxes), generator=g) < .9 if part else None
+    res = assigner.assign(Priors(base.boxes, base.level_sizes, base.strides, valid), gt, preds)
+    for i, (image, at) in enumerate(alone):
+        got = one(AssignResult(res.num_gts, res.gt_inds, res.max_overlaps, res.labels), i)
+        want = assigner.assign(Priors(base.boxes, base.level_sizes, base.strides, None if valid is None else valid[i]), image, one(preds, i))
+        assert torch.equal(got.gt_inds, at_slots(want.gt_inds, at)), f'image {i}'
+        assert int(got.num_gts) == int(want.num_gts) == int(image.real.sum())
+        assert torch.equal(got.labels, want.labels)
+        if got.max_overlaps is not None and got.max_overlaps.shape == want.max_overlaps.shape: torch.testing.assert_close(got.max_overlaps, want.max_overlaps)
+        owners = got.gt_inds[got.gt_inds > 0] - 1
+        assert gt.real[i][owners].all(), 'a crowd or padding owns a prior'
+        if valid is not None: assert (got.gt_inds[~valid[i]] <= 0).all(), 'a prior that takes no part has an owner'
+
+
+@every_assigner
+def test_no_priors(cls, kw):
+    gt, _ = draw_batch([3, 0], 0., 1)
+    none = lambda t: t[:, :0]
+    preds = predictions(2, torch.Generator())
+    res = cls(**kw).assign(Priors(some_priors().boxes[:0], [0, 0], some_priors().strides), gt,
+                           Predictions(none(preds.scores), none(preds.deltas), {k: none(v) for k, v in preds.extras.items()}))
+    assert res.gt_inds.shape == res.labels.shape == (2, 0) and res.num_gts.tolist() == [3, 0]
+
+
+@every_assigner
+def test_labels_may_be_missing(cls, kw):
+    gt, _ = draw_batch([3, 0], 0., 1)
+    gt.labels = None
+    try: res = cls(**kw).assign(some_priors(), gt, predictions(2, torch.Generator()))
+    except ValueError as e: assert 'labels' in str(e)                         # it needs them, and says so
+    else: assert res.labels is None
+
+
+@every_assigner
+def test_waits_of_a_batch(cls, kw):
+    gt, _ = draw_batch([3, 5, 0, 2], .2, 0)
+    preds = predictions(4, torch.Generator())
+    counted = count(lambda: cls(**kw).assign(some_priors(), gt, preds))
+    assert counted['syncs'] <= ON_HOST.get(cls.__name__, 0), counted['where']
+
+
+@every_assigner
+def test_one_graph(cls, kw):
+    if cls.__name__ in ON_HOST: return
+    torch._dynamo.reset()
+    gt, _ = draw_batch([3, 5, 0, 2], .2, 0)
+    preds, priors, assigner = predictions(4, torch.Generator()), some_priors(), cls(**kw)
+    use = lambda: assigner.assign(priors, gt, preds)
+    assert torch.equal(torch.compile(use, fullgraph=True, backend='eager')().gt_inds, use().gt_inds)
+
+
+@every_assigner
+def test_stays_on_its_device(cls, kw):
+    if cls.__name__ in ON_HOST: return
+    base, preds = some_priors(), predictions(2, torch.Generator())
+    there = lambda t: torch.empty(t.shape, dtype=t.dtype, device='cuda')
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gt = GroundTruth(*(there(t) for t in (torch.rand(2, 5, 4), torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))))
+        fake = Predictions(there(preds.scores), there(preds.deltas), {k: there(v) for k, v in preds.extras.items()})
+        res = []
+        counted = count(lambda: res.append(cls(**kw).assign(Priors(there(base.boxes), base.level_sizes, base.strides), gt, fake)))
+        assert all(t.device.type == 'cuda' for t in (res[0].gt_inds, res[0].labels, res[0].num_gts))
+    assert counted['syncs'] == 0, counted['where']
+
+
+def test_all_are_here():
+    assert 'MaxIoUAssigner' in BBOX_ASSIGNERS and ALL
