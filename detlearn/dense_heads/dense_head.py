@@ -19,7 +19,7 @@ from ..targets.pseudo_sampler import PseudoSampler
 from ..losses.reduce import reduce_mean
 from ..losses.cross_entropy import CrossEntropyLoss
 from ..losses.smooth_l1_loss import SmoothL1Loss
-from ..postprocess.nms import DensePostprocess
+from ..postprocess.dense_postprocess import DensePostprocess
 
 # %% ../../nbs/09_dense_heads/00_dense_head.ipynb #200d0ee4
 def flatten_levels(
@@ -115,6 +115,7 @@ def decoder(
 # %% ../../nbs/09_dense_heads/00_dense_head.ipynb #d3933e1e
 STRIDES = [4, 8, 16, 32, 64] # of the zoo's default priors, pixels
 
+# %% ../../nbs/09_dense_heads/00_dense_head.ipynb #4b3c6c94
 @HEADS.register_module(name=['DenseHead', 'AnchorHead'])
 class DenseHead(nn.Module):
     "A head that predicts a class and a box at every prior; the zoo's `AnchorHead`."
@@ -138,8 +139,7 @@ class DenseHead(nn.Module):
         self.num_classes,self.in_channels,self.feat_channels = num_classes,in_channels,feat_channels
         self.anchor_generator = anchor_generator or AnchorGenerator(STRIDES, [.5, 1., 2.], [8, 16, 32])
         self.bbox_coder = bbox_coder or DeltaXYWHBBoxCoder()
-        self.loss_cls = loss_cls or CrossEntropyLoss(use_sigmoid=True)
-        self.loss_bbox = loss_bbox or SmoothL1Loss(beta=1/9)
+        self.loss_cls,self.loss_bbox = loss_cls or CrossEntropyLoss(True),loss_bbox or SmoothL1Loss(1/9)
         self.assigner,self.sampler = assigner or MaxIoUAssigner(.5, .4),sampler or PseudoSampler()
         self.postprocess,self.reg_decoded_bbox = postprocess or DensePostprocess(),reg_decoded_bbox
         self.allowed_border,self.pos_weight,self.init_cfg = allowed_border,pos_weight,init_cfg

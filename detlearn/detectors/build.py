@@ -7,8 +7,8 @@ __all__ = ['TRAIN_KEYS', 'TEST_KEYS', 'TAKES', 'check_keys', 'hand_to_dense', 'f
            'build_detector']
 
 # %% ../../nbs/12_detectors/01_build.ipynb #6d940c71
-import copy, warnings
-from ..core.registry import DETECTORS, nearest
+import warnings
+from ..core.registry import DETECTORS, copied, nearest
 
 # %% ../../nbs/12_detectors/01_build.ipynb #4cc84ae3
 TRAIN_KEYS = ('assigner', 'sampler', 'allowed_border', 'pos_weight', 'debug') # what a dense head's `train_cfg` may hold
@@ -61,7 +61,7 @@ def inside_or_beside(
     "A setting from either of its two places."
     inside = model.pop(name, None)
     if inside and beside: raise ValueError(f'{name} stands both inside and beside the model; keep one')
-    return copy.deepcopy(dict(inside or beside or {}))
+    return copied(dict(inside or beside or {}))
 
 # %% ../../nbs/12_detectors/01_build.ipynb #f7279c17
 def hand_out(
@@ -70,7 +70,7 @@ def hand_out(
     test_cfg=None,   # where it stands beside the model
 )->dict:             # the config without the two
     "A detector's config with its training and testing settings where they belong."
-    model = copy.deepcopy(dict(model))
+    model = copied(dict(model))
     train,test = inside_or_beside(model, 'train_cfg', train_cfg),inside_or_beside(model, 'test_cfg', test_cfg)
     takers = [k for k in TAKES if isinstance(model.get(k), dict)]
     if (train or test) and not takers:

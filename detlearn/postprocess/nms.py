@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOFT', 'KEYS', 'spread', 'decay', 'soften', 'group_table', 'nms_settings', 'soft_by_group', 'survive', 'best_first',
-           'nms', 'soft_nms', 'batched_nms', 'multiclass_nms', 'first_best', 'best_pairs', 'best_of_levels',
-           'pack_best', 'DensePostprocess']
+           'nms', 'soft_nms', 'batched_nms', 'multiclass_nms']
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #ed11917a
 import warnings
@@ -13,8 +12,7 @@ import torch
 import torchvision
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.registry import POSTPROCESS, nearest
-from ..core.structures import Detections
+from ..core.registry import nearest
 from ..core.boxes import box_iou
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #a65773f4
@@ -55,7 +53,8 @@ def soften(
     alive,final = scores,torch.full_like(scores, -1)
     for _ in range(scores.shape[-1]):
         best,i = alive.max(-1, keepdim=True)
-        final = final.scatter(-1, i, best.masked_fill(best < min_score, -1))
+        kept = torch.where(best >= min_score, best, final.gather(-1, i))          # an empty row changes nothing
+        final = final.scatter(-1, i, kept)
         it = boxes.gather(-2, i[..., None].expand(*i.shape, 4))                   # (..., 1, 4)
         factor = decay(box_iou(it, boxes)[..., 0, :].to(alive.dtype), method, iou_threshold, sigma)
         alive = torch.where(alive > 0, alive*factor, alive).scatter(-1, i, -1)
@@ -197,94 +196,3 @@ def multiclass_nms(
     if max_num > 0: dets,keep = dets[:max_num],keep[:max_num]
     inds = inds[keep]
     return (dets, labels[inds], inds) if return_inds else (dets, labels[inds])
-
-# %% ../../nbs/08_postprocess/01_nms.ipynb #bf209c97
-def first_best(
-    scores:Tensor, # `(..., N)`, each at least 0, or -1; no NaN
-    k:int,         # at most `N`
-)->tuple:          # `(..., k)` scores, best first; `(..., k)` int64 positions
-    "Like `topk`, but among equals the first comes first, on any device."
-    rank = scores.float().contiguous().view(torch.int32).long()       # bits of floats >= 0 sort like the floats
-    key = rank*2**32 - torch.arange(scores.shape[-1], device=scores.device)
-    order = key.topk(k, -1).indices
-    return scores.gather(-1, order),order
-
-# %% ../../nbs/08_postprocess/01_nms.ipynb #3895c717
-def best_pairs(
-    scores:Tensor, # `(B, P, C)`, at least 0, or -1 for what does not count
-    k:int,         # pairs to keep; 0 or less: all
-)->tuple:          # `(B, k)` scores, best first; `(B, k)` prior numbers; `(B, k)` labels
-    "The best pairs of prior and class."
-    B,P,C = scores.shape
-    if not 0 < k < P*C: k = P*C
-    row = torch.arange(P, device=scores.device).expand(B, P)
-    if k < P:
-        row = first_best(scores.amax(-1), k)[1].sort(-1).values
-        scores = scores.gather(1, row[..., None].expand(-1, -1, C))
-    best,pair = first_best(scores.flatten(1), k)
-    return best,row.gather(1, pair // C),pair % C
-
-# %% ../../nbs/08_postprocess/01_nms.ipynb #57580fb9
-def best_of_levels(
-    scores:Tensor,    # `(B, P, C)`
-    level_sizes,      # priors of each level; they add up to `P`
-    nms_pre:int,      # pairs kept of each level; 0 or less: all
-)->tuple:             # `(B, N)` scores; `(B, N)` prior numbers; `(B, N)` labels
-    "The best pairs of prior and class of each level."
-    found,start = [],0
-    for level in scores.split(list(level_sizes), 1):
-        best,prior,label = best_pairs(level, nms_pre)
-        found.append((best, prior+start, label))
-        start += level.shape[1]
-    return tuple(torch.cat(f, 1) for f in zip(*found))
-
-# %% ../../nbs/08_postprocess/01_nms.ipynb #20bd79f8
-def pack_best(
-    boxes:Tensor,  # `(B, N, 4)`
-    scores:Tensor, # `(B, N)`, -1 for what was not kept
-    labels:Tensor, # `(B, N)`
-    K:int,         # rows of the table; -1: `N`
-)->Detections:     # `(B, K, ...)`
-    "The best of each image, best first, padded to a fixed number."
-    short = max(K - scores.shape[1], 0)
-    boxes,scores,labels = F.pad(boxes, (0, 0, 0, short)),F.pad(scores, (0, short), value=-1.),F.pad(labels, (0, short))
-    best,order = first_best(scores, K if K >= 0 else scores.shape[1])
-    valid = best >= 0
-    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    return Detections(boxes.masked_fill(~valid[..., None], 0), best.masked_fill(~valid, 0), labels.gather(1, order).masked_fill(~valid, -1), valid)
-
-# %% ../../nbs/08_postprocess/01_nms.ipynb #39221800
-@POSTPROCESS.register_module()
-class DensePostprocess:
-    "From the scores of a dense head to detections: threshold, best of each level, NMS, best of each image."
-    def __init__(self,
-        nms_pre:int=1000,     # pairs of prior and class kept of each level; 0 or less: all
-        min_bbox_size=0,      # pixels; only wider and higher boxes; negative: all
-        score_thr:float=.05,  # only scores above it
-        nms=dict(type='nms', iou_threshold=.5), # see `batched_nms`; None: no NMS
-        max_per_img:int=100,  # rows of the result; -1: as many as there are candidates
-    ):
-        self.nms_pre,self.min_bbox_size,self.score_thr,self.max_per_img = nms_pre,min_bbox_size,score_thr,max_per_img
-        self.nms = None if nms is None else dict(nms)
-        self.kind,self.settings,self.agnostic,self.max_num = nms_settings(nms)
-
-    def __call__(self,
-        scores:Tensor,  # `(B, P, C)` in 0..1
-        level_sizes,    # priors of each level
-        boxes_of,       # `f(index (B, N) int64) -> (B, N, 4)` decoded boxes of these priors
-        factors=None,   # `(B, P)`, multiplied in after the threshold
-    )->Detections:      # `(B, max_per_img, ...)`
-        "All images and classes in one NMS; the host waits twice."
-        C,scores = scores.shape[-1],scores.float()
-        best,prior,label = best_of_levels(scores.where(scores > self.score_thr, -1), level_sizes, self.nms_pre)
-        boxes = boxes_of(prior).float()                                       # (B, N, 4)
-        use = (best >= 0) & boxes.isfinite().all(-1)
-        if self.min_bbox_size >= 0: use = use & ((boxes[..., 2:] - boxes[..., :2]) > self.min_bbox_size).all(-1)
-        if factors is not None: best = best * factors.gather(1, prior)
-        image = torch.arange(len(best), device=best.device)[:, None]
-        group = image.expand_as(label) if self.agnostic else image*C + label
-        at = use.flatten().nonzero()[:, 0]                                    # the host waits: how many?
-        left = survive(boxes.flatten(0, 1)[at], best.flatten()[at], group.flatten()[at], self.kind, **self.settings)
-        left = torch.full_like(best.flatten(), -1).index_copy(0, at, left).view_as(best)
-        limits = [n for n in (self.max_per_img, self.max_num) if n > 0]
-        return pack_best(boxes, left, label, min(limits) if limits else -1)
