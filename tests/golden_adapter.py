@@ -11,6 +11,7 @@ import importlib, sys
 from pathlib import Path
 from types import SimpleNamespace
 from detlearn._modidx import d as INDEX
+from detlearn.core.registry import MATCH_COST
 
 sys.path.insert(0, str(Path(__file__).parent))
 PLACES = {sym.rsplit('.', 1)[1]: mod for mod, syms in INDEX['syms'].items() for sym in syms if sym.count('.') == mod.count('.') + 1}
@@ -46,7 +47,8 @@ def build(group, cfg):
     cls, methods = find(group, name), calls(group).TYPES
     if cls is None: return None
     methods = methods.get(name) or methods.get('*')
-    return Translated(cls(**cfg), methods) if methods else cls(**cfg)
+    part = cls(**MATCH_COST.build(cfg))                        # parts among the settings are built first, as from a config
+    return Translated(part, methods) if methods else part
 
 
 def function(group, name): return calls(group).FUNCTIONS.get(name) or find(group, name)

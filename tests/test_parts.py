@@ -27,7 +27,7 @@ def settings(name, most=2):
     seen = {}
     for _, tensors, case in CASES:
         if case['type'] == name and 'raises' not in case: seen.setdefault(repr(case['kwargs']), read(case['kwargs'], tensors))
-    return list(itertools.islice(seen.values(), most)) or [{}]
+    return [BBOX_ASSIGNERS.build(kw) for kw in itertools.islice(seen.values(), most)] or [{}]
 
 
 def parts(*registries):
@@ -46,7 +46,9 @@ def scene(images, objects=4, seed=0):
         gt.ignore[:, -2] = True
     xy, wh = torch.rand(60, 2, generator=g)*56, torch.rand(60, 2, generator=g)*28 + 4
     priors = Priors(torch.cat([xy, xy+wh], -1), valid=torch.rand(images, 60, generator=g) > .1)
-    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2)
+    gt.sizes = torch.full((images, 2), 64)
+    boxes = priors.boxes + torch.rand(images, 60, 4, generator=g)*4
+    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2, dict(boxes=boxes))
     return priors, gt, preds
 
 
@@ -76,6 +78,7 @@ def call_of(role, cls, kw):
 
 def on_cuda(x):
     "The same structure with tensors of a pretended GPU; only inside a `FakeTensorMode`."
+    if isinstance(x, dict): return {k: on_cuda(v) for k, v in x.items()}
     return torch.empty_like(x, device='cuda') if isinstance(x, torch.Tensor) else x
 
 
@@ -135,16 +138,17 @@ def test_target_without_objects(role, cls, kw):
 @targets
 def test_target_in_half_precision(role, cls, kw):
     use, (priors, gt, preds) = call_of(role, cls, kw), scene(2)
-    half = Predictions(preds.scores.bfloat16(), preds.deltas.bfloat16())
+    half = Predictions(preds.scores.bfloat16(), preds.deltas.bfloat16(), preds.extras)
     with torch.autocast('cpu', torch.bfloat16): out = use(priors, gt, half)
     assert all(t.dtype != torch.bfloat16 and not t.is_floating_point() or t.dtype == torch.float32 for t in out)
-    same(out, use(priors, gt, Predictions(half.scores.float(), half.deltas.float())))
+    same(out, use(priors, gt, Predictions(half.scores.float(), half.deltas.float(), preds.extras)))
 
 
 @pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.values[0] != 'prior_generator'])   # those are the same for all images
 def test_image_alone_or_in_a_batch(role, cls, kw):
     use, (priors, gt, preds) = call_of(role, cls, kw), scene(3)
-    alone = lambda s, i: type(s)(**{k: v[i:i+1] if isinstance(v, torch.Tensor) and len(v) == 3 else v for k, v in vars(s).items()})
+    pick = lambda v, i: {k: pick(x, i) for k, x in v.items()} if isinstance(v, dict) else v[i:i+1] if isinstance(v, torch.Tensor) and len(v) == 3 else v
+    alone = lambda s, i: type(s)(**pick(vars(s), i))
     for i in range(3): same(use(*(alone(s, i) for s in (priors, gt, preds))), [t[i:i+1] for t in use(priors, gt, preds)])
 
 

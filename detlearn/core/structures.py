@@ -229,7 +229,8 @@ class Predictions(Movable):
         if 'probabilities' in self.extras: return self.extra('probabilities').float()
         chance = self.scores.detach().float().sigmoid()
         if 'objectness' not in self.extras: return chance
-        return chance * self.extra('objectness').float().sigmoid()
+        anything = self.extra('objectness').float().sigmoid()
+        return chance * (anything if anything.dim() == chance.dim() else anything[..., None])
 
 # %% ../../nbs/01_core/02_structures.ipynb #5296d696
 @dataclass

@@ -1,6 +1,6 @@
 "From the zoo's `assign(bboxes, gt_bboxes, ...)` of one image to ours."
 import torch
-from detlearn.core.structures import GroundTruth, Priors
+from detlearn.core.structures import GroundTruth, Predictions, Priors
 
 
 def objects(boxes, labels=None, crowds=None):
@@ -20,4 +20,13 @@ def assign(assigner, bboxes, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None):
     return result(assigner.assign(Priors(bboxes), objects(gt_bboxes, gt_labels, gt_bboxes_ignore)))
 
 
-TYPES = {'*': dict(assign=assign)}   # '*': every type that is not named
+def seen(boxes, scores, **more):
+    "Decoded boxes and probabilities, which the zoo gives as arguments."
+    return Predictions(scores, extras=dict(boxes=boxes, **more))
+
+
+def sim_ota(assigner, pred_scores, priors, decoded_bboxes, gt_bboxes, gt_labels, gt_bboxes_ignore=None, eps=1e-7):
+    return result(assigner.assign(Priors(priors), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), seen(decoded_bboxes, pred_scores, probabilities=pred_scores)))
+
+
+TYPES = {'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
