@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
-from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, LOSSES, PRIOR_GENERATORS
+from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, LOSSES, MATCH_COST, PRIOR_GENERATORS
 from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
 from counting import count
 from test_golden import CASES, read
@@ -52,6 +52,30 @@ def scene(images, objects=4, seed=0):
     return priors, gt, preds
 
 
+def coded(part, boxes, deltas, border):
+    "A coder there and back, called by what it is told: most of it a box and four numbers."
+    name = type(part).__name__
+    if name == 'DistancePointBBoxCoder': boxes = boxes[..., :2]
+    if name == 'BucketingBBoxCoder':
+        bins = deltas.repeat_interleave(part.side_num, -1)
+        found, sure = part.decode(boxes, (bins, bins.flip(-1)), border)
+        return [found, sure, *part.encode(boxes, found + found.new_full((4,), 1.).cumsum(0))]
+    more = (8, border) if name == 'YOLOBBoxCoder' else (border,)
+    found = part.decode(boxes, deltas, *more)
+    return [found, part.encode(boxes, found + found.new_full((4,), 1.).cumsum(0), *more[:-1])]
+
+
+def costs(part, priors, gt, preds):
+    "The table of a match cost: classes, boxes, or masks of one row."
+    name = type(part).__name__
+    if name == 'IoUCost': return part(priors.boxes + preds.deltas, gt.boxes)
+    if name == 'BBoxL1Cost': return part(preds.deltas, gt.boxes/64)
+    if name == 'ClassificationCost' or name == 'FocalLossCost' and not part.binary_input: return part(preds.scores, gt.labels)
+    masks = gt.labels[..., None, None] == torch.arange(C, device=gt.labels.device)
+    logits = preds.scores[..., None, :]
+    return part(logits if name != 'DiceCost' or part.pred_act else logits.sigmoid(), masks)
+
+
 def call_of(role, cls, kw):
     "`f(priors, gt, preds)`: one use of a part, tensors in, a list of tensors out."
     part = cls(**kw)
@@ -66,10 +90,13 @@ def call_of(role, cls, kw):
             return [res.boxes, res.labels, res.weight]
     elif role == 'bbox_coder':
         def use(priors, gt, preds):
-            boxes = part.decode(priors.boxes, preds.deltas, gt.valid.new_full((gt.valid.shape[0], 2), 64, dtype=torch.long))
-            return [boxes, part.encode(priors.boxes, boxes + priors.boxes.new_full((4,), 1.).cumsum(0))]
+            border = gt.valid.new_full((gt.valid.shape[0], 2), 64, dtype=torch.long)
+            return coded(part, priors.boxes, preds.deltas, border)
+    elif role == 'match_cost':
+        def use(priors, gt, preds): return [costs(part, priors, gt, preds).sum(-1)]   # over objects: there may be none
     elif role == 'prior_generator':
         def use(priors, gt, preds):
+            if not hasattr(part, 'strides'): return [part.grid_points(MAPS[0], 8, gt.boxes.device)]   # one level a call
             made = part(MAPS[:1]*len(part.strides), gt.boxes.device)
             return [made.boxes]
     else: raise AssertionError(f'no recipe for the role {role!r}: add one to tests/test_parts.py')
@@ -91,7 +118,7 @@ def same(got, want):
     for g, w in zip(got, want): torch.testing.assert_close(g, w, equal_nan=True)
 
 
-TARGETS = parts(BBOX_ASSIGNERS, BBOX_SAMPLERS, BBOX_CODERS, PRIOR_GENERATORS)
+TARGETS = parts(BBOX_ASSIGNERS, BBOX_SAMPLERS, BBOX_CODERS, MATCH_COST, PRIOR_GENERATORS)
 targets = pytest.mark.parametrize('role,cls,kw', TARGETS)
 
 
