@@ -4,11 +4,13 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch.optim import lr_scheduler as L
-from torch.utils.data import DataLoader
-from detlearn.core.structures import Batch, GroundTruth
-from detlearn.engine import checkpoints, hooks
+from detlearn.engine import hooks
 from detlearn.engine.checkpoints import find_latest, read_file, save_checkpoint
-from detlearn.engine.loop import fit
+from detlearn.engine.ema import EMAHook
+from detlearn.engine.evaluation_hooks import EvalHook
+from detlearn.engine.guards import CheckInvalidLossHook
+from detlearn.engine.loggers import ProgressHook, read_log
+from detlearn.engine.loop import ToyNet, ToyPhotos, fit, stack_toys, toy_loader
 from detlearn.engine.runner import EpochBasedRunner, IterBasedRunner
 from detlearn.engine.schedules import lr_at
 
@@ -16,40 +18,14 @@ LR = dict(policy='step', step=[3], warmup='linear', warmup_iters=6, warmup_ratio
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Net(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__(); torch.manual_seed(seed)
-        self.a, self.b = nn.Linear(3, 16), nn.Linear(16, 2)
-
-    def forward(self, images, gt=None):
-        h = self.a(images.mean((-2, -1))).tanh()
-        out = self.b(h*(torch.rand_like(h) > .2)) if self.training else self.b(h)
-        return dict(loss_cls=(out[:, 0]-gt.boxes[:, 0, 0]).square().mean(), loss_bbox=(out[:, 1]-gt.boxes[:, 0, 1]).square().mean())
-
-
-class Photos:
-    CLASSES = ('cat', 'dog')
-
-    def __init__(self, n=16):
-        g = torch.Generator().manual_seed(7); self.x, self.y = torch.rand(n, 3, 4, 4, generator=g), torch.rand(n, 1, 4, generator=g)
-
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i] + .1*torch.rand(()), self.y[i], i
-
-
-def stack(samples):
-    x, y, i = zip(*samples)
-    return Batch(torch.stack(x), GroundTruth(torch.stack(y)), [dict(filename=f'{k}.jpg') for k in i])
-
-
-def loader(workers=0): return DataLoader(Photos(), 4, shuffle=True, collate_fn=stack, num_workers=workers)
+def loader(workers=0): return toy_loader(num_workers=workers)
 
 
 def make(folder, epochs=5, pause=0, seed=0, by_epoch=True, interval=1):
-    net = Net(seed)
-    runner = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder, dict(CLASSES=Photos.CLASSES), epochs)
+    net = ToyNet(seed)
+    runner = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder, dict(CLASSES=ToyPhotos.CLASSES), epochs)
     runner.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), dict(interval=interval, by_epoch=by_epoch), dict(interval=2, hooks=[dict(type='TextLoggerHook')]))
-    runner.register_hook(hooks.EMAHook(.2, warm_up=1))
+    runner.register_hook(EMAHook(.2, warm_up=1))
     if pause: runner.register_hook(Pause(pause))
     return runner
 
@@ -72,9 +48,9 @@ def straight(tmp_path_factory):
 
 def test_runner_is_the_loop(tmp_path):
     "Same seed: bitwise equal weights after 20 steps."
-    net = Net(); opt = torch.optim.AdamW(net.parameters(), .02); torch.manual_seed(1)
+    net = ToyNet(); opt = torch.optim.AdamW(net.parameters(), .02); torch.manual_seed(1)
     fit(net, loader(), opt, 5, lambda step, steps: lr_at(LR, .02, step//4, step), 1.)
-    runner = make(tmp_path); runner.hooks = [h for h in runner.hooks if not isinstance(h, hooks.EMAHook)]
+    runner = make(tmp_path); runner.hooks = [h for h in runner.hooks if not isinstance(h, EMAHook)]
     torch.manual_seed(1); runner.run(loader())
     assert runner.iter == 20 and same(net, runner.model)
 
@@ -168,7 +144,7 @@ def test_resumed_is_uninterrupted(tmp_path, done, workers, straight):
 def test_the_books_own_loader_resumes(tmp_path, done):
     "Batches of `build_dataloader` depend on seed, epoch and place alone; no replay is needed."
     from detlearn.data.loader import build_dataloader
-    data = lambda seed: build_dataloader(Photos(), 4, 0, seed=seed, collate_fn=stack, pin_memory=False)
+    data = lambda seed: build_dataloader(ToyPhotos(), 4, 0, seed=seed, collate_fn=stack_toys, pin_memory=False)
     whole = make(tmp_path/'a', by_epoch=False); torch.manual_seed(1); whole.run(data(3))
     back = make(tmp_path/'b', seed=4, by_epoch=False); torch.manual_seed(2); back.resume(tmp_path/'a'/f'iter_{done}.pth'); back.run(data(3))
     assert back.iter == 20 and same(back.model, whole.model)
@@ -176,7 +152,7 @@ def test_the_books_own_loader_resumes(tmp_path, done):
 
 def test_iterations_resume(tmp_path):
     def runner(folder, n):
-        net = Net(); out = IterBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), tmp_path/folder, max_iters=n)
+        net = ToyNet(); out = IterBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), tmp_path/folder, max_iters=n)
         out.register_training_hooks(dict(policy='poly', by_epoch=False), dict(grad_clip=None), dict(interval=5)); return out
     whole = runner('a', 15); torch.manual_seed(1); whole.run(loader())
     back = runner('b', 15); torch.manual_seed(2); back.resume(tmp_path/'a'/'iter_10.pth'); assert (back.epoch, back.inner_iter) == (2, 2)
@@ -185,15 +161,15 @@ def test_iterations_resume(tmp_path):
 
 def test_looking_does_not_change_the_training(tmp_path, straight):
     runner = make(tmp_path, by_epoch=False)
-    runner.register_hook(hooks.EvalHook(loader(), interval=3, by_epoch=False, save_best='val_loss'))
+    runner.register_hook(EvalHook(loader(), interval=3, by_epoch=False, save_best='val_loss'))
     torch.manual_seed(1); runner.run([loader(), loader()], [('train', 1), ('val', 1)])
     assert same(runner.model, straight.model) and len(list(tmp_path.glob('best_val_loss_*'))) == 1
 
 
 def test_log_has_the_zoos_keys(tmp_path):
-    runner = make(tmp_path); runner.register_hook(hooks.EvalHook(loader(), evaluate_fn=lambda model, data: dict(bbox_mAP=.5, val_loss=1.)))
+    runner = make(tmp_path); runner.register_hook(EvalHook(loader(), evaluate_fn=lambda model, data: dict(bbox_mAP=.5, val_loss=1.)))
     torch.manual_seed(1); runner.run(loader())
-    head, *lines = hooks.read_log(next(tmp_path.glob('*.log.json')))
+    head, *lines = read_log(next(tmp_path.glob('*.log.json')))
     assert head['CLASSES'] == ['cat', 'dog']
     train, val = [[r for r in lines if r['mode'] == m] for m in ('train', 'val')]
     assert list(train[0]) == ['mode', 'epoch', 'iter', 'lr', 'memory', 'data_time', 'loss_cls', 'loss_bbox', 'loss', 'grad_norm', 'time']
@@ -209,10 +185,10 @@ def test_no_host_synchronisation_between_logs(tmp_path):
         n = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.n += any(w in str(func) for w in ('local_scalar', 'nonzero', 'aten.equal', 'is_nonzero', 'masked_select')); return func(*args, **(kwargs or {}))
-    net = Net(); runner = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .02, momentum=.9), None, max_epochs=2, logger=lambda text: None)
+    net = ToyNet(); runner = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .02, momentum=.9), None, max_epochs=2, logger=lambda text: None)
     runner.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), None, dict(interval=50, hooks=[dict(type='TextLoggerHook', ignore_last=True)]))
-    for h in (hooks.EMAHook(.2, warm_up=1), hooks.CheckInvalidLossHook(100), hooks.ProgressHook(disable=True)): runner.register_hook(h)
-    counts, batches = [], [stack([Photos()[i] for i in range(4)])]*4
+    for h in (EMAHook(.2, warm_up=1), CheckInvalidLossHook(100), ProgressHook(disable=True)): runner.register_hook(h)
+    counts, batches = [], [stack_toys([ToyPhotos()[i] for i in range(4)])]*4
     class Count(hooks.Hook):
         priority = 'HIGHEST'
         def before_train_iter(self, r): counts.append(reads.n)
@@ -228,7 +204,7 @@ def test_no_device_is_named():
     with FakeTensorMode(), torch.device('cuda'):
         for _ in range(3): buffer.update(dict(loss=torch.rand(()), time=.1), 2)
         row = buffer.values['loss']; assert hooks.mean_of(row).device.type == 'cuda'
-        check = hooks.CheckInvalidLossHook(10); at = type('R', (), dict(outputs=dict(loss=torch.rand(())), iter=0, max_iters=9, batch=None))
+        check = CheckInvalidLossHook(10); at = type('R', (), dict(outputs=dict(loss=torch.rand(())), iter=0, max_iters=9, batch=None))
         check.after_train_iter(at); assert check.first.device.type == 'cuda'
 
 
