@@ -248,8 +248,9 @@ def find_config(
     name, # a path, or a name below `detlearn/configs` with or without `.py`
 )->Path:  # real path of a file
     "The file that is meant."
-    path,key,names = Path(name).expanduser(),str(name).removesuffix('.py'),packaged()
+    path = Path(name).expanduser()
     if path.suffix in FILES and path.is_file(): return Path(os.path.realpath(path))
+    key,names = str(name).removesuffix('.py'),packaged()
     if key in names: return Path(os.path.realpath(names[key]))
     kind = 'no such file, and no packaged config' if path.suffix in FILES else 'no packaged config'
     raise ConfigError(f'{name}: {kind} of that name{nearest(key, names)}')
