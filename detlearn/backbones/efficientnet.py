@@ -68,7 +68,7 @@ class EdgeResidual(nn.Module):
         out_channels:int,    # of the output
         mid_channels:int,    # in the middle
         kernel_size:int=3,   # of the first convolution
-        stride:int=1,        # of the first convolution
+        stride:int=1,        # of the second convolution, as in the zoo
         se_cfg=None,         # settings of an `SELayer` in the middle, or None
         with_residual:bool=True, # add the input where shapes agree
         conv_cfg=None, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'), # recipes
@@ -79,9 +79,9 @@ class EdgeResidual(nn.Module):
         super().__init__()
         self.with_res_shortcut,self.with_cp,self.init_cfg = with_residual and stride == 1 and in_channels == out_channels,with_cp,init_cfg
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
-        self.conv1 = ConvModule(in_channels, mid_channels, kernel_size, stride, kernel_size//2, act_cfg=act_cfg, **cfg)
+        self.conv1 = ConvModule(in_channels, mid_channels, kernel_size, 1, kernel_size//2, act_cfg=act_cfg, **cfg)
         if se_cfg is not None: self.se = SELayer(**se_cfg)
-        self.conv2 = ConvModule(mid_channels, out_channels, 1, act_cfg=None, **cfg)
+        self.conv2 = ConvModule(mid_channels, out_channels, 1, stride, act_cfg=None, **cfg)
         self.drop_path = DropPath(drop_path_rate)
 
     def residual(self,
