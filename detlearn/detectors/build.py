@@ -35,6 +35,7 @@ def hand_to_dense(
     share = {k: v for k,v in train.items() if k != 'debug'}
     share = fit_sampler(share, head.get('loss_cls'))
     if test: share['postprocess'] = {'type': 'DensePostprocess', **test}
+    if 'type' not in test: share.get('postprocess', {}).pop('min_bbox_size', None)   # not used by the zoo's dense heads
     twice = sorted(set(share) & set(head))
     if twice: raise ValueError(f'{twice} of bbox_head stands in train_cfg or test_cfg, too; keep one')
     return {**head, **share}

@@ -85,7 +85,7 @@ class DensePostprocess:
     "From the scores of a dense head to detections: threshold, best of each level, NMS, best of each image."
     def __init__(self,
         nms_pre:int=1000,     # pairs of prior and class kept of each level; 0 or less: all
-        min_bbox_size=0,      # pixels; only wider and higher boxes; negative: all
+        min_bbox_size=-1,     # pixels; only wider and higher boxes; negative: all
         score_thr:float=.05,  # only scores above it
         nms=dict(type='nms', iou_threshold=.5), # see `batched_nms`; None: no NMS
         max_per_img:int=100,  # rows of the result; -1: as many as there are candidates
