@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo acce
 SIDE, C = 64, 3
 SETTINGS = {}   # by type name: a list of settings, in place of those of the golden cases
 ON_HOST = {'HungarianAssigner': 1, 'MaskHungarianAssigner': 1}   # waits of one batch, with the reason on their pages; all others: none
-BY_ORDER = {'MaxIoUAssigner', 'ApproxMaxIoUAssigner', 'GridAssigner', 'RegionAssigner'}   # of two claims, that of the later object wins
+BY_ORDER = {'MaxIoUAssigner', 'ApproxMaxIoUAssigner', 'GridAssigner', 'RegionAssigner', 'UniformAssigner'}   # of two claims, that of the later object wins
 
 
 def settings_of(name, most=3):

@@ -29,4 +29,18 @@ def sim_ota(assigner, pred_scores, priors, decoded_bboxes, gt_bboxes, gt_labels,
     return result(assigner.assign(Priors(priors), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), seen(decoded_bboxes, pred_scores, probabilities=pred_scores)))
 
 
-TYPES = {'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
+def task_aligned(assigner, pred_scores, decode_bboxes, anchors, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None, alpha=1, beta=6):
+    assigner.alpha, assigner.beta = alpha, beta
+    res = assigner.assign(Priors(anchors), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), seen(decode_bboxes, pred_scores, probabilities=pred_scores))
+    return dict(result(res), assign_metrics=res.extras['assign_metrics'])
+
+
+def uniform(assigner, bbox_pred, anchor, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None):
+    "Its `max_overlaps` has one number an object, and is None without any."
+    res = assigner.assign(Priors(anchor), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), seen(bbox_pred, bbox_pred[:, :1]))
+    pairs = {k: res.extras[k] for k in ('pos_idx', 'pos_predicted_boxes', 'target_boxes')}
+    return dict(result(res), max_overlaps=res.extras['object_overlaps'] if len(gt_bboxes) else None, **pairs)
+
+
+TYPES = {'TaskAlignedAssigner': dict(assign=task_aligned), 'UniformAssigner': dict(assign=uniform),
+         'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
