@@ -159,12 +159,18 @@ class LrUpdaterHook(Hook):
         for g in runner.optimizer.param_groups: g.setdefault('initial_lr', g['lr'])
 
     def before_train_iter(self, runner):
-        "The rate of this iteration."
-        for g in runner.optimizer.param_groups: g['lr'] = lr_at(self.cfg, g['initial_lr'], runner.epoch, runner.iter, runner.max_epochs, runner.max_iters)
+        "The rate of this iteration, for each group."
+        now,cfg,known = (runner.epoch, runner.iter, runner.max_epochs, runner.max_iters),self.cfg,{}
+        for i,g in enumerate(runner.optimizer.param_groups):
+            if isinstance(cfg.get('max_lr'), (list, tuple)): cfg = dict(self.cfg, max_lr=self.cfg['max_lr'][i])
+            base = g['initial_lr']
+            if base not in known or cfg is not self.cfg: known[base] = lr_at(cfg, base, *now)
+            g['lr'] = known[base]
 
 for _name in POLICIES:
     _title = _name[:1].upper() + _name[1:] + 'LrUpdaterHook'
-    HOOKS.register_module(name=_title, force=True, module=type(_title, (LrUpdaterHook,), dict(policy=_name, __module__=__name__, __doc__=f'Policy `{_name}`.')))
+    _own = dict(policy=_name, __module__=__name__, __doc__=f'Policy `{_name}`.')
+    HOOKS.register_module(name=_title, force=True, module=type(_title, (LrUpdaterHook,), _own))
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #4dee3d99
 @HOOKS.register_module()
