@@ -195,6 +195,8 @@ class SamplingResult(Movable):
     boxes:Tensor         # `(..., N, 4)` box of the owner, the prior's own box where there is none
     labels:Tensor        # `(..., N)` int64 class of the owner, -1 without one
     weight:Tensor        # `(..., N)` 1 for sampled priors, 0 for the others
+    index:Tensor=None    # `(..., N)` int64, number of the prior (objects first, if they were added); None: all, in order
+    is_gt:Tensor=None    # `(..., N)` bool, True: an object's own box; None: none is
 
     @property
     def pos(self)->Tensor: # `(..., N)` bool
