@@ -42,5 +42,35 @@ def uniform(assigner, bbox_pred, anchor, gt_bboxes, gt_bboxes_ignore=None, gt_la
     return dict(result(res), max_overlaps=res.extras['object_overlaps'] if len(gt_bboxes) else None, **pairs)
 
 
-TYPES = {'TaskAlignedAssigner': dict(assign=task_aligned), 'UniformAssigner': dict(assign=uniform),
+def atss(assigner, bboxes, num_level_bboxes, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None, cls_scores=None, bbox_preds=None):
+    preds = None if cls_scores is None else seen(bbox_preds, cls_scores)
+    return result(assigner.assign(Priors(bboxes, num_level_bboxes), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), preds))
+
+
+def approx(assigner, approxs, squares, approxs_per_octave, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None):
+    return result(assigner.assign(Priors(squares), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), approxs=approxs.view(-1, approxs_per_octave, 4)))
+
+
+def point(assigner, points, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None):
+    "The stride stands beside each point; ours are given by level."
+    strides, sizes = points[:, 2].unique_consecutive(return_counts=True)
+    priors = Priors(points[:, :2], sizes.tolist(), [(s, s) for s in strides.tolist()])
+    return result(assigner.assign(priors, objects(gt_bboxes, gt_labels, gt_bboxes_ignore)))
+
+
+def center_region(assigner, bboxes, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None):
+    "Its list of pairs (prior, class): shadows first, then those who lost the prior; ours are two tables of a fixed size."
+    res = assigner.assign(Priors(bboxes), objects(gt_bboxes, gt_labels, gt_bboxes_ignore))
+    if gt_labels is None: return dict(result(res), shadowed_labels=None)
+    pairs = torch.cat([res.extras[k][:len(gt_bboxes)].mT.nonzero() for k in ('shadow', 'outranked')])
+    return dict(result(res), shadowed_labels=torch.stack([pairs[:, 0], gt_labels[pairs[:, 1]]], 1))
+
+
+def grid(assigner, bboxes, box_responsible_flags, gt_bboxes, gt_labels=None):
+    return result(assigner.assign(Priors(bboxes), objects(gt_bboxes, gt_labels), responsible=box_responsible_flags.bool()))
+
+
+TYPES = {'ATSSAssigner': dict(assign=atss), 'ApproxMaxIoUAssigner': dict(assign=approx), 'PointAssigner': dict(assign=point),
+         'CenterRegionAssigner': dict(assign=center_region), 'GridAssigner': dict(assign=grid),
+         'TaskAlignedAssigner': dict(assign=task_aligned), 'UniformAssigner': dict(assign=uniform),
          'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
