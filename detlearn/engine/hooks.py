@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIORITIES', 'POINTS', 'get_priority', 'falls_back', 'Hook', 'every', 'is_last', 'end_of_epoch', 'LogBuffer',
-           'mean_of', 'OptimizerHook', 'LrUpdaterHook', 'IterTimerHook', 'DistSamplerSeedHook', 'CheckpointHook']
+           'mean_of', 'clip_gradients', 'OptimizerHook', 'LrUpdaterHook', 'IterTimerHook', 'DistSamplerSeedHook',
+           'CheckpointHook']
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #0fc38329
 import time, warnings
@@ -120,6 +121,21 @@ def mean_of(
     return torch.stack(values).mul(torch.tensor(counts, device=values[0].device)).sum()/sum(counts)
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #bcb84e6e
+def clip_gradients(
+    runner,         # with gradients
+    grad_clip:dict, # `dict(max_norm=35, norm_type=2)`; None: no clipping
+    detect=False,   # warn about parameters that the loss does not depend on
+)->bool:            # False: there was something to warn about
+    "Clip, and log the norm; what has no gradient is left out."
+    params = [(n, p) for n,p in runner.model.named_parameters() if p.requires_grad]
+    lost = [n for n,p in params if p.grad is None] if detect else []
+    if lost: warnings.warn(f'The loss does not depend on {", ".join(lost)}: they are never trained.')
+    if grad_clip is not None:
+        norm = torch.nn.utils.clip_grad_norm_([p for _,p in params if p.grad is not None], **grad_clip)
+        runner.log_buffer.update(dict(grad_norm=norm.detach()), runner.outputs['num_samples'])
+    return not lost
+
+# %% ../../nbs/14_engine/04_hooks.ipynb #90dc8e3d
 @HOOKS.register_module()
 class OptimizerHook(Hook):
     "Gradients, clipped, and a step."
@@ -129,17 +145,25 @@ class OptimizerHook(Hook):
         detect_anomalous_params:bool=False,  # warn, once, about parameters that the loss does not depend on
     ): self.grad_clip,self.detect = grad_clip,detect_anomalous_params
 
-    def after_train_iter(self, runner):
-        "The step."
-        runner.optimizer.zero_grad()
-        runner.outputs['loss'].backward()
-        params = [(n, p) for n,p in runner.model.named_parameters() if p.requires_grad]
-        if self.detect and (lost := [n for n,p in params if p.grad is None]):
-            warnings.warn(f'The loss does not depend on {", ".join(lost)}: they are never trained.'); self.detect = False
-        if self.grad_clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_([p for _,p in params if p.grad is not None], **self.grad_clip)
-            runner.log_buffer.update(dict(grad_norm=norm.detach()), runner.outputs['num_samples'])
+    def backward(self,
+        runner, # not used
+        loss,   # 0-d tensor
+    ):
+        "Add to the gradients."
+        loss.backward()
+
+    def update(self,
+        runner, # with gradients
+    ):
+        "Clip and step."
+        self.detect = clip_gradients(runner, self.grad_clip, self.detect) and self.detect
         runner.optimizer.step()
+
+    def after_train_iter(self, runner):
+        "One batch, one step."
+        runner.optimizer.zero_grad()
+        self.backward(runner, runner.outputs['loss'])
+        self.update(runner)
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #3955628d
 @HOOKS.register_module()

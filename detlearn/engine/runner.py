@@ -10,7 +10,7 @@ __all__ = ['sampler_of', 'place_of_loader', 'batches_from', 'StopAsked', 'BaseRu
 
 # %% ../../nbs/14_engine/05_runner.ipynb #64b55916
 import os, signal, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
 from ..core.registry import HOOKS, RUNNERS, call
@@ -88,6 +88,7 @@ class BaseRunner:
     epoch = iter = inner_iter = 0        # finished epochs, iterations, and iterations of this epoch
     done = trained = 0                   # batches trained on: of this epoch, in all
     mode = outputs = batch = data_loader = place = resumed = None
+    precision = nullcontext              # what the losses are computed in: a hook may set autocast
     def __init__(self,
         model,                # `model(images, gt)` gives a dict of losses
         optimizer=None,       # of its parameters
@@ -203,11 +204,11 @@ def training_hooks(
 def policy_config(
     cfg,           # `lr_config` or `momentum_config`: with `policy`, or `type='StepLrUpdaterHook'`; or a hook, or None
     what:str,      # `'Lr'` or `'Momentum'`
-    by_epoch:bool, # what `step` and the like count, unless the config says it
+    by_epoch:bool, # False: `step` and the like count iterations, unless the config says it
 ):                 # dict with `type` and `policy`; a hook and None are handed through
     "A policy in the words of the hook that follows it."
     if cfg is None or isinstance(cfg, Hook): return cfg
-    cfg = dict(dict(by_epoch=by_epoch), **cfg)
+    cfg = dict(cfg if by_epoch else dict(dict(by_epoch=False), **cfg))     # each policy has its own default
     policy = cfg.pop('policy', None) or cfg.pop('type').removesuffix(f'{what}UpdaterHook')
     return dict(cfg, type=f'{what}UpdaterHook', policy=policy)
 
@@ -273,7 +274,7 @@ def train_iter(
 ):
     "Losses of one batch, and what the hooks do with them."
     runner.call_hook('before_train_iter')
-    total,log = parse_losses(runner.model(runner.batch.images, runner.batch.gt))
+    with runner.precision(): total,log = parse_losses(runner.model(runner.batch.images, runner.batch.gt))
     runner.outputs = dict(loss=total, log_vars=log, num_samples=len(runner.batch.images))
     runner.log_buffer.update(log, len(runner.batch.images))
     runner.done,runner.trained = runner.inner_iter+1,runner.iter+1   # hooks below step, and may save
