@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'ResBlock', 'BasicBlock', 'Bottleneck', 'res_layer', 'deep_stem', 'Freezable', 'start_weights',
-           'check_resnet', 'ResNet', 'ResNetV1d']
+           'check_resnet', 'stage_plugins', 'ResNet', 'ResNetV1d']
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #747f3c29
 from torch import nn
@@ -12,29 +12,38 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_conv_layer, build_norm_layer
+from ..layers.global_context import build_plugin_layer
 from ..layers.initialize import initialize
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #bc61bbfb
 class ResBlock(nn.Module):
-    "What both kinds share: convolutions in a row, and the way around."
+    "What both kinds share: convolutions in a row, plug-ins behind them, and the way around."
     expansion = 1
-    def __init__(self, sizes, conv_cfg, norm_cfg, downsample, with_cp):
+    def __init__(self, convs, norm_cfg, downsample, with_cp, plugins=()):
         super().__init__()
-        for i,(c_in,c_out,kernel,stride,dilation) in enumerate(sizes, 1):
-            conv = build_conv_layer(conv_cfg, c_in, c_out, kernel, stride=stride, padding=dilation*(kernel//2), dilation=dilation, bias=False)
-            self.add_module(f'conv{i}', conv)
-            self.add_module(*build_norm_layer(norm_cfg, c_out, i))
-        self.steps = [(f'conv{i}', build_norm_layer(norm_cfg, 8 if norm_cfg['type'] != 'GN' else norm_cfg['num_groups'], i)[0]) for i in range(1, len(sizes)+1)]
+        self.steps,self.behind = [],{}
+        for i,(cfg,c_in,c_out,kernel,kw) in enumerate(convs, 1):
+            pad = kw.get('dilation', 1)*(kernel//2)
+            self.add_module(f'conv{i}', build_conv_layer(cfg, c_in, c_out, kernel, padding=pad, bias=False, **kw))
+            name,norm = build_norm_layer(norm_cfg, c_out, i)
+            self.add_module(name, norm)
+            self.steps.append((f'conv{i}', name))
+        for place,cfg in plugins or ():
+            cfg = dict(cfg)
+            name,layer = build_plugin_layer(cfg, cfg.pop('postfix', ''), in_channels=convs[place-1][2])
+            self.add_module(name, layer)
+            self.behind.setdefault(place, []).append(name)
         self.downsample,self.with_cp = downsample,with_cp
 
     def residual(self,
         x, # `(B, C_in, H, W)`
     ):     # `(B, C_out, H', W')`, before the activation
-        "Convolutions, plus the input."
+        "Convolutions and plug-ins, plus the input."
         y = x
-        for i,(conv,norm) in enumerate(self.steps):
+        for i,(conv,norm) in enumerate(self.steps, 1):
             y = getattr(self, norm)(getattr(self, conv)(y))
-            if i < len(self.steps)-1: y = F.relu(y, inplace=True)
+            if i < len(self.steps): y = F.relu(y, inplace=True)
+            for name in self.behind.get(i, ()): y = getattr(self, name)(y)
         return y + (x if self.downsample is None else self.downsample(x))
 
     def forward(self,
@@ -57,8 +66,11 @@ class BasicBlock(ResBlock):
         with_cp=False,   # see `ResBlock.forward`
         conv_cfg=None,   # recipe of the convolutions
         norm_cfg=dict(type='BN'), # recipe of the norms
+        dcn=None, plugins=None,   # for `Bottleneck` alone
     ):
-        super().__init__([(inplanes, planes, 3, stride, dilation), (planes, planes, 3, 1, 1)], conv_cfg, norm_cfg, downsample, with_cp)
+        if dcn or plugins: raise ValueError('BasicBlock (ResNet-18, 34) takes neither dcn nor plugins, as in the zoo; choose a depth of 50 or more')
+        first = dict(stride=stride, dilation=dilation)
+        super().__init__([(conv_cfg, inplanes, planes, 3, first), (conv_cfg, planes, planes, 3, {})], norm_cfg, downsample, with_cp)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #d4cfe212
 class Bottleneck(ResBlock):
@@ -74,10 +86,17 @@ class Bottleneck(ResBlock):
         with_cp=False,   # see `ResBlock.forward`
         conv_cfg=None,   # recipe of the convolutions
         norm_cfg=dict(type='BN'), # recipe of the norms
+        dcn=None,        # recipe of the 3×3, e.g. `dict(type='DCN', deform_groups=1)`; with `fallback_on_stride` it is ordinary
+        plugins=None,    # `(place, recipe)`: behind which convolution, 1 to 3
+        width:int=None,  # channels inside; default: `planes`
+        groups:int=1,    # of the 3×3
     ):
         if style not in ('pytorch', 'caffe'): raise ValueError(f"ResNet: style={style!r}; choose 'pytorch' or 'caffe'")
         first,second = (1, stride) if style == 'pytorch' else (stride, 1)
-        super().__init__([(inplanes, planes, 1, first, 1), (planes, planes, 3, second, dilation), (planes, planes*4, 1, 1, 1)], conv_cfg, norm_cfg, downsample, with_cp)
+        w,middle = width or planes,dict(dcn or {})
+        if middle.pop('fallback_on_stride', False) or not dcn: middle = conv_cfg
+        super().__init__([(conv_cfg, inplanes, w, 1, dict(stride=first)), (middle, w, w, 3, dict(stride=second, dilation=dilation, groups=groups)),
+                          (conv_cfg, w, planes*self.expansion, 1, {})], norm_cfg, downsample, with_cp, plugins)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #83c1a605
 def res_layer(
@@ -144,28 +163,44 @@ def start_weights(
     net:nn.Module,           # a network of `ResBlock`s
     zero_init_residual=True, # blocks start as the identity
 ):
-    "Kaiming for convolutions, 1 for norms; the last norm of a block starts at 0."
-    initialize(net, [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])])
-    for m in net.modules() if zero_init_residual else []:
-        if isinstance(m, ResBlock): nn.init.zeros_(getattr(m, m.steps[-1][1]).weight)
+    "Kaiming for convolutions, 1 for norms, 0 for the last norm of a block; plug-ins and offsets keep their own start."
+    rules = [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])]
+    blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
+    own = [getattr(m, n) for m in blocks for names in m.behind.values() for n in names]
+    own += [m.conv_offset for m in net.modules() if hasattr(m, 'conv_offset')]
+    own = {inner for m in own for inner in m.modules()}
+    for m in net.modules():
+        if m not in own and not list(m.children()): initialize(m, rules)
+    for m in blocks if zero_init_residual else (): nn.init.zeros_(getattr(m, m.steps[-1][1]).weight)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #c2066f35
 def check_resnet(
-    depth,       # must be a key of `ARCHS`
-    dcn,         # must be None
-    plugins,     # must be None
+    archs,       # depth: block, blocks of each stage
+    depth,       # must be a key of `archs`
     num_stages,  # 1 to 4
     out_indices, # below `num_stages`
+    plugins,     # `dict(cfg=, stages=, position=)`s or None
 ):
     "Settings that have no answer get a sentence."
-    if depth not in ARCHS: raise ValueError(f'ResNet: depth={depth}; choose from {sorted(ARCHS)}')
-    if dcn is not None or plugins is not None: raise ValueError('ResNet: dcn and plugins are not part of the book yet; leave them out')
+    if depth not in archs: raise ValueError(f'ResNet: depth={depth}; choose from {sorted(archs)}')
     if not 1 <= num_stages <= 4 or max(out_indices) >= num_stages: raise ValueError(f'ResNet: out_indices={out_indices} for num_stages={num_stages}')
+    for p in plugins or ():
+        if p.get('position') not in ('after_conv1', 'after_conv2', 'after_conv3') or 'cfg' not in p:
+            raise ValueError(f"ResNet: plugin {p} needs a cfg and a position, 'after_conv1', 'after_conv2' or 'after_conv3'")
+        if 'stages' in p and len(p['stages']) != num_stages: raise ValueError(f"ResNet: plugin stages={p['stages']} for num_stages={num_stages}; give one a stage")
+
+def stage_plugins(
+    plugins,   # as in a config, or None
+    stage:int, # counted from 0
+)->list:       # `(place, recipe)`, places 1 to 3
+    "The plug-ins of one stage."
+    return [(int(p['position'][-1]), p['cfg']) for p in plugins or () if p.get('stages') is None or p['stages'][stage]]
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #f6540d5b
 @BACKBONES.register_module()
 class ResNet(Freezable):
     "A stem and up to four stages (He et al., 2016), with the zoo's options and names."
+    archs,block_settings = ARCHS,{} # what a relative changes
     def __init__(self,
         depth:int,                 # key of `ARCHS`
         in_channels:int=3,         # of the image
@@ -182,26 +217,32 @@ class ResNet(Freezable):
         conv_cfg=None,             # recipe of the convolutions
         norm_cfg=dict(type='BN', requires_grad=True), # recipe of the norms
         norm_eval:bool=True,       # batch norms keep their statistics in training
-        dcn=None, stage_with_dcn=(False,)*4, plugins=None, # belong to a later stage of the book
+        dcn=None,                  # recipe of deformable 3×3 convolutions, see `Bottleneck`
+        stage_with_dcn=(False, False, False, False), # where they are used
+        plugins=None,              # `dict(cfg=, stages=, position=)`s: layers inside the blocks
         with_cp:bool=False,        # save memory, see `ResBlock.forward`
         zero_init_residual:bool=True, # blocks start as the identity
         pretrained:str=None,       # short for `init_cfg=dict(type='Pretrained', checkpoint=pretrained)`
         init_cfg=None,             # where weights come from
     ):
         super().__init__()
-        check_resnet(depth, dcn, plugins, num_stages, out_indices)
-        block,blocks = ARCHS[depth]
-        stem = stem_channels or base_channels
+        check_resnet(self.archs, depth, num_stages, out_indices, plugins)
+        block,blocks = self.archs[depth]
         self.out_indices,self.frozen_stages,self.norm_eval,self.deep_stem = out_indices,frozen_stages,norm_eval,deep_stem
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
-        self.make_stem(in_channels, stem, conv_cfg, norm_cfg)
-        self.res_layers,inplanes = [],stem
-        for i in range(num_stages):
-            planes = base_channels * 2**i
-            self.add_module(f'layer{i+1}', res_layer(block, inplanes, planes, blocks[i], strides[i], dilations[i], avg_down,
-                                                     style=style, with_cp=with_cp, conv_cfg=conv_cfg, norm_cfg=norm_cfg))
-            self.res_layers.append(f'layer{i+1}'); inplanes = planes*block.expansion
+        inplanes = stem_channels or base_channels
+        self.make_stem(in_channels, inplanes, conv_cfg, norm_cfg)
+        common = dict(avg_down=avg_down, style=style, with_cp=with_cp, conv_cfg=conv_cfg, norm_cfg=norm_cfg, **self.block_settings)
+        self.res_layers = [f'layer{i+1}' for i in range(num_stages)]
+        for i,name in enumerate(self.res_layers):
+            planes,own = base_channels * 2**i,dict(dcn=dcn if stage_with_dcn[i] else None, plugins=stage_plugins(plugins, i))
+            self.add_module(name, self.make_res_layer(i, block, inplanes, planes, blocks[i], strides[i], dilations[i], **common, **own))
+            inplanes = planes*block.expansion
         start_weights(self, zero_init_residual); self.freeze()
+
+    def make_res_layer(self, stage, *args, **kwargs):
+        "One stage; a relative may make its own."
+        return res_layer(*args, **kwargs)
 
     def make_stem(self, in_channels, channels, conv_cfg, norm_cfg):
         "Stride 2, then a pooling of stride 2."
