@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plugin_name', 'build_plugin_layer', 'pair_weights', 'NonLocal2d', 'bottleneck', 'ContextBlock', 'distance_waves',
-           'near_map', 'GeneralizedAttention']
+           'near_map', 'distance_terms', 'attention_energy', 'GeneralizedAttention']
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #8effb442
 import re
@@ -166,6 +166,35 @@ def near_map(
     return nn.Parameter((~(ok[:, None, :, None] & ok[None, :, None])).to(torch.uint8), requires_grad=False)
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #44147b42
+def distance_terms(
+    who,       # `(B, heads, d, h, w)` what asks
+    net,       # a `GeneralizedAttention`
+    asked,     # `(B, C, H, W)` whose places are asked
+):             # `(B, heads, h, w, H, W)`
+    "What distance adds to the weight: a part for y and a part for x."
+    def part(fc, axis):
+        waves = distance_waves(who.shape[axis+1], asked.shape[axis], net.strides, asked, net.waves, net.magnitude)
+        return fc(waves).unflatten(-1, (net.heads, -1))/2**.5               # (n, m, heads, d)
+    y = torch.einsum('bndhw,hind->bnhwi', who, part(net.appr_geom_fc_y, 2))
+    x = torch.einsum('bndhw,wjnd->bnhwj', who, part(net.appr_geom_fc_x, 3))
+    return y[..., None] + x[..., None, :]
+
+def attention_energy(
+    net,       # a `GeneralizedAttention`
+    asking,    # `(B, C, h, w)`
+    asked,     # `(B, C, H, W)`
+):             # `(B, heads, h, w, H, W)`
+    "The four terms, those that are wanted."
+    heads = lambda m: m.unflatten(1, (net.heads, -1))                       # (B, heads, d, h, w)
+    query = heads(net.query_conv(asking)) if hasattr(net, 'query_conv') else 0
+    zero = asking.new_zeros(len(asking), net.heads, net.value_conv.out_channels//net.heads, *asking.shape[2:])
+    who = lambda with_query,name: zero + (query if with_query else 0) + (getattr(net, name).view(1, net.heads, -1, 1, 1) if hasattr(net, name) else 0)
+    total = 0
+    if hasattr(net, 'key_conv'): total = torch.einsum('bndhw,bndij->bnhwij', who(net.terms[0], 'appr_bias'), heads(net.key_conv(asked)))
+    if hasattr(net, 'appr_geom_fc_x'): total = total + distance_terms(who(net.terms[1], 'geom_bias'), net, asked)
+    return total
+
+# %% ../../nbs/03_layers/06_global_context.ipynb #9655cfce
 @PLUGIN_LAYERS.register_module()
 class GeneralizedAttention(nn.Module):
     "Attention of four terms, content and distance (Zhu et al., 2019)."
@@ -199,46 +228,12 @@ class GeneralizedAttention(nn.Module):
             self.local_constraint_map = near_map({256: 84, 512: 42}[in_channels], spatial_range, kv_stride)
         initialize(self, dict(type='Kaiming', layer='Conv2d', mode='fan_in', bias=0, distribution='uniform', a=1))
 
-    def of_heads(self,
-        t, # `(..., heads·d)` in the last axis
-    ):     # `(heads, ..., d)`, batch first where there is one
-        "Cut channels into heads."
-        return t.unflatten(-1, (self.heads, -1))
-
-    def distances(self,
-        asking,  # `(B, C, h, w)`
-        asked,   # `(B, C, H, W)`
-    )->tuple:    # `(h, H, heads, d)`, `(w, W, heads, d)`
-        "Waves of the distances along y and along x."
-        axes = ((2, self.appr_geom_fc_y), (3, self.appr_geom_fc_x))
-        made = [fc(distance_waves(asking.shape[i], asked.shape[i], self.strides, asking, self.waves, self.magnitude)) for i,fc in axes]
-        return tuple(self.of_heads(m)/2**.5 for m in made)
-
-    def energy(self,
-        asking,  # `(B, C, h, w)`
-        asked,   # `(B, C, H, W)`
-    ):           # `(B, heads, h, w, H, W)`
-        "The four terms, those that are wanted."
-        heads = lambda m: m.unflatten(1, (self.heads, -1))                  # (B, heads, d, h, w)
-        query = heads(self.query_conv(asking)) if hasattr(self, 'query_conv') else 0
-        bias = lambda p: p.view(1, self.heads, -1, 1, 1)
-        zero = asking.new_zeros(len(asking), self.heads, self.value_conv.out_channels//self.heads, *asking.shape[2:])
-        total = asking.new_zeros(1)
-        if self.terms[0] or self.terms[2]:
-            who = zero + (query if self.terms[0] else 0) + (bias(self.appr_bias) if self.terms[2] else 0)
-            total = total + torch.einsum('bndhw,bndij->bnhwij', who, heads(self.key_conv(asked)))
-        if self.terms[1] or self.terms[3]:
-            who = zero + (query if self.terms[1] else 0) + (bias(self.geom_bias) if self.terms[3] else 0)
-            y,x = self.distances(asking, asked)
-            total = total + torch.einsum('bndhw,hind->bnhwi', who, y)[..., None] + torch.einsum('bndhw,wjnd->bnhwj', who, x)[..., None, :]
-        return total
-
     def forward(self,
         x, # `(B, C, H, W)`
     ):     # same shape
         "Weights over all places, the mean of what they say, times `gamma`, added."
         asking,asked = [x[..., ::s, ::s] for s in self.strides]
-        energy = self.energy(asking, asked)
+        energy = attention_energy(self, asking, asked)
         if self.spatial_range >= 0:
             h,w,H,W = energy.shape[2:]
             energy = energy.masked_fill(self.local_constraint_map[:h, :w, :H, :W].bool(), float('-inf'))
