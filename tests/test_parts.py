@@ -46,9 +46,9 @@ def scene(images, objects=4, seed=0):
         gt.ignore[:, -2] = True
     xy, wh = torch.rand(60, 2, generator=g)*56, torch.rand(60, 2, generator=g)*28 + 4
     priors = Priors(torch.cat([xy, xy+wh], -1), valid=torch.rand(images, 60, generator=g) > .1)
-    gt.sizes = torch.full((images, 2), 64)
+    gt.sizes, gt.masks = torch.full((images, 2), 64), torch.rand(images, objects, 5, 5, generator=g) > .5
     boxes = priors.boxes + torch.rand(images, 60, 4, generator=g)*4
-    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2, dict(boxes=boxes))
+    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2, dict(boxes=boxes, masks=torch.randn(images, 60, 5, 5, generator=g)))
     return priors, gt, preds
 
 

@@ -1,5 +1,6 @@
 "From the zoo's `assign(bboxes, gt_bboxes, ...)` of one image to ours."
 import torch
+from detlearn.core.boxes import cxcywh_to_xyxy
 from detlearn.core.structures import GroundTruth, Predictions, Priors
 
 
@@ -42,6 +43,18 @@ def uniform(assigner, bbox_pred, anchor, gt_bboxes, gt_bboxes_ignore=None, gt_la
     return dict(result(res), max_overlaps=res.extras['object_overlaps'] if len(gt_bboxes) else None, **pairs)
 
 
+def hungarian(assigner, bbox_pred, cls_pred, gt_bboxes, gt_labels, img_meta, gt_bboxes_ignore=None, eps=1e-7):
+    "Its boxes are normalised: centre and size; ours are pixels."
+    gt = objects(gt_bboxes, gt_labels, gt_bboxes_ignore)
+    gt.sizes = torch.tensor(img_meta['img_shape'][:2])
+    return result(assigner.assign(None, gt, seen(cxcywh_to_xyxy(bbox_pred) * gt.sizes.flip(0).repeat(2), cls_pred)))
+
+
+def mask_hungarian(assigner, cls_pred, mask_pred, gt_labels, gt_mask, img_meta, gt_bboxes_ignore=None, eps=1e-7):
+    gt = GroundTruth(torch.zeros(len(gt_labels), 4), gt_labels, masks=gt_mask[..., None])   # masks at sampled points
+    return result(assigner.assign(None, gt, Predictions(cls_pred, extras=dict(masks=mask_pred[..., None]))))
+
+
 def atss(assigner, bboxes, num_level_bboxes, gt_bboxes, gt_bboxes_ignore=None, gt_labels=None, cls_scores=None, bbox_preds=None):
     preds = None if cls_scores is None else seen(bbox_preds, cls_scores)
     return result(assigner.assign(Priors(bboxes, num_level_bboxes), objects(gt_bboxes, gt_labels, gt_bboxes_ignore), preds))
@@ -72,5 +85,6 @@ def grid(assigner, bboxes, box_responsible_flags, gt_bboxes, gt_labels=None):
 
 TYPES = {'ATSSAssigner': dict(assign=atss), 'ApproxMaxIoUAssigner': dict(assign=approx), 'PointAssigner': dict(assign=point),
          'CenterRegionAssigner': dict(assign=center_region), 'GridAssigner': dict(assign=grid),
+         'HungarianAssigner': dict(assign=hungarian), 'MaskHungarianAssigner': dict(assign=mask_hungarian),
          'TaskAlignedAssigner': dict(assign=task_aligned), 'UniformAssigner': dict(assign=uniform),
          'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
