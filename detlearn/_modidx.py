@@ -1736,6 +1736,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                     'detlearn/targets/distance_coders.py'),
                                                   'detlearn.targets.distance_coders.normalizers': ( '06_targets/distance_coders.html#normalizers',
                                                                                                     'detlearn/targets/distance_coders.py'),
+                                                  'detlearn.targets.distance_coders.sizes_of_sides': ( '06_targets/distance_coders.html#sizes_of_sides',
+                                                                                                       'detlearn/targets/distance_coders.py'),
                                                   'detlearn.targets.distance_coders.tblr2bboxes': ( '06_targets/distance_coders.html#tblr2bboxes',
                                                                                                     'detlearn/targets/distance_coders.py')},
             'detlearn.targets.hungarian_assigner': { 'detlearn.targets.hungarian_assigner.HungarianAssigner': ( '06_targets/hungarian_assigner.html#hungarianassigner',

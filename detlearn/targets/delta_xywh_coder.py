@@ -116,18 +116,18 @@ class PseudoBBoxCoder(BaseBBoxCoder):
 
     def encode(self,
         priors, # not used
-        boxes,  # anything
-    ):          # `boxes`
+        boxes,  # any tensor
+    )->Tensor:  # the same, float32 at least
         "What came in."
-        return boxes
+        return at_least_float32(boxes)
 
     def decode(self,
         priors,         # not used
-        deltas,         # anything
+        deltas,         # any tensor
         max_shape=None, # not used
-    ):                  # `deltas`
+    )->Tensor:          # the same, float32 at least
         "What came in."
-        return deltas
+        return at_least_float32(deltas)
 
 # %% ../../nbs/06_targets/02_delta_xywh_coder.ipynb #dd8c3627
 @BBOX_CODERS.register_module()
