@@ -20,7 +20,8 @@ for module in INDEX['syms']:
 
 pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo accepts and we warn about
 SIDE, C = 64, 3
-SETTINGS = {}   # by type name: a list of settings, in place of those of the golden cases
+SETTINGS = {   # by type name: a list of settings, in place of those of the golden cases
+    'FCOSAssigner': [dict(regress_ranges=((-1, 20), (20, 1e8))), dict(regress_ranges=((-1, 24), (12, 64)), center_sampling=True)]}
 ON_HOST = {'HungarianAssigner': 1, 'MaskHungarianAssigner': 1}   # waits of one batch, with the reason on their pages; all others: none
 BY_ORDER = {'MaxIoUAssigner', 'ApproxMaxIoUAssigner', 'GridAssigner', 'RegionAssigner', 'UniformAssigner'}   # of two claims, that of the later object wins
 

@@ -12,6 +12,7 @@ from detlearn._modidx import d as INDEX
 from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, LOSSES, MATCH_COST, PRIOR_GENERATORS
 from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
 from counting import count
+from test_assigners import SETTINGS
 from test_golden import CASES, read
 
 for module in INDEX['syms']:
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo acce
 
 def settings(name, most=2):
     "Some settings of a type: those of its golden cases, or none at all."
+    if name in SETTINGS: return SETTINGS[name][:most]
     seen = {}
     for _, tensors, case in CASES:
         if case['type'] == name and 'raises' not in case: seen.setdefault(repr(case['kwargs']), read(case['kwargs'], tensors))
@@ -45,7 +47,7 @@ def scene(images, objects=4, seed=0):
         gt.valid[:, -1] = False
         gt.ignore[:, -2] = True
     xy, wh = torch.rand(60, 2, generator=g)*56, torch.rand(60, 2, generator=g)*28 + 4
-    priors = Priors(torch.cat([xy, xy+wh], -1), valid=torch.rand(images, 60, generator=g) > .1)
+    priors = Priors(torch.cat([xy, xy+wh], -1), [48, 12], [(8, 8), (16, 16)], torch.rand(images, 60, generator=g) > .1)
     gt.sizes, gt.masks = torch.full((images, 2), 64), torch.rand(images, objects, 5, 5, generator=g) > .5
     boxes = priors.boxes + torch.rand(images, 60, 4, generator=g)*4
     preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2, dict(boxes=boxes, masks=torch.randn(images, 60, 5, 5, generator=g)))
