@@ -2082,6 +2082,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                             'detlearn/targets/random_sampler.py'),
                                                  'detlearn.targets.random_sampler.BaseSampler.sample': ( '06_targets/random_sampler.html#basesampler.sample',
                                                                                                          'detlearn/targets/random_sampler.py'),
+                                                 'detlearn.targets.random_sampler.BaseSampler.throw': ( '06_targets/random_sampler.html#basesampler.throw',
+                                                                                                        'detlearn/targets/random_sampler.py'),
                                                  'detlearn.targets.random_sampler.RandomSampler': ( '06_targets/random_sampler.html#randomsampler',
                                                                                                     'detlearn/targets/random_sampler.py'),
                                                  'detlearn.targets.random_sampler.RandomSampler.neg_order': ( '06_targets/random_sampler.html#randomsampler.neg_order',

@@ -18,13 +18,22 @@ from test_golden import CASES, read
 for module in INDEX['syms']:
     if module.split('.')[1] in ('targets', 'losses'): importlib.import_module(module)
 
-ON_HOST = set()       # parts that go to the host once a batch (Hungarian matching): named here, with the reason on their page
+ON_HOST = {'ScoreHLRSampler'}   # parts that go to the host once a batch (matching, NMS): named here, with the reason on their page
 MAPS, C = [(8, 8), (4, 4)], 3
 pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo accepts and we warn about are still to work
 
 
+BY_HAND = {   # settings of samplers, whose golden cases are few
+    'RandomSampler': [dict(num=32, pos_fraction=.5), dict(num=32, pos_fraction=.25, neg_pos_ub=2, add_gt_as_proposals=False)],
+    'InstanceBalancedPosSampler': [dict(num=32, pos_fraction=.25)],
+    'IoUBalancedNegSampler': [dict(num=32, pos_fraction=.25), dict(num=32, pos_fraction=.25, floor_thr=.1, floor_fraction=.5)],
+    'CombinedSampler': [dict(num=32, pos_fraction=.25, pos_sampler=dict(type='InstanceBalancedPosSampler'), neg_sampler=dict(type='IoUBalancedNegSampler'))],
+    'OHEMSampler': [dict(num=32, pos_fraction=.25)], 'ScoreHLRSampler': [dict(num=32, pos_fraction=.25)]}
+
+
 def settings(name, most=2):
     "Some settings of a type: those of its golden cases, or none at all."
+    if name in BY_HAND: return BY_HAND[name]
     if name in SETTINGS: return SETTINGS[name][:most]
     seen = {}
     for _, tensors, case in CASES:
@@ -78,6 +87,24 @@ def costs(part, priors, gt, preds):
     return part(logits if name != 'DiceCost' or part.pred_act else logits.sigmoid(), masks)
 
 
+def sampled(part):
+    "`f(priors, gt, preds)`: one draw, with dice that are the same for every image and every call."
+    part.throw = lambda codes: (torch.arange(codes.shape[-1], device=codes.device)*.618 % 1).expand(codes.shape)
+    def use(priors, gt, preds):
+        codes = (torch.arange(priors.boxes.shape[-2], device=gt.boxes.device) % 3 - 1) * gt.real.any(-1, keepdim=True)
+        assigned = AssignResult(gt.real.sum(-1), codes, preds.deltas.float()[..., 0].sigmoid(), codes*0 - 1)
+        candidates = codes.shape[-1] + gt.valid.shape[-1]*getattr(part, 'add_gt_as_proposals', False)
+        grow = lambda x: x.float().repeat_interleave(2, -2)[..., -candidates:, :]
+        if type(part).__name__ == 'MaskPseudoSampler':
+            res = part.sample(assigned, preds.extras['masks'], gt); return [res.gt_masks.float(), res.labels, res.weight]
+        more = {}
+        if type(part).__name__ == 'OHEMSampler': more = dict(losses=grow(preds.scores)[..., 0].abs())
+        if type(part).__name__ == 'ScoreHLRSampler': more = dict(preds=(grow(preds.scores), grow(preds.extras['boxes'])))
+        res = part.sample(assigned, priors, gt, **more)
+        return [res.boxes, res.labels, res.weight]
+    return use
+
+
 def call_of(role, cls, kw):
     "`f(priors, gt, preds)`: one use of a part, tensors in, a list of tensors out."
     part = cls(**kw)
@@ -85,11 +112,7 @@ def call_of(role, cls, kw):
         def use(priors, gt, preds):
             res = part.assign(priors, gt, preds)
             return [t for t in (res.num_gts, res.gt_inds, res.max_overlaps, res.labels) if t is not None]
-    elif role == 'bbox_sampler':
-        def use(priors, gt, preds):
-            codes = (torch.arange(priors.boxes.shape[-2], device=gt.boxes.device) % 3 - 1) * gt.real.any(-1, keepdim=True)
-            res = part.sample(AssignResult(gt.real.sum(-1), codes), priors, gt)
-            return [res.boxes, res.labels, res.weight]
+    elif role == 'bbox_sampler': return sampled(part)
     elif role == 'bbox_coder':
         def use(priors, gt, preds):
             border = gt.valid.new_full((gt.valid.shape[0], 2), 64, dtype=torch.long)
@@ -122,6 +145,7 @@ def same(got, want):
 
 TARGETS = parts(BBOX_ASSIGNERS, BBOX_SAMPLERS, BBOX_CODERS, MATCH_COST, PRIOR_GENERATORS)
 targets = pytest.mark.parametrize('role,cls,kw', TARGETS)
+on_device = pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.values[1].__name__ not in ON_HOST])
 
 
 def test_the_parts_are_there():
@@ -129,7 +153,7 @@ def test_the_parts_are_there():
     assert {'AnchorGenerator', 'DeltaXYWHBBoxCoder', 'MaxIoUAssigner', 'PseudoSampler', 'FocalLoss', 'L1Loss'} <= names
 
 
-@targets
+@on_device
 def test_target_is_one_graph(role, cls, kw):
     torch._dynamo.reset()
     use, given = call_of(role, cls, kw), scene(2)
@@ -137,15 +161,20 @@ def test_target_is_one_graph(role, cls, kw):
 
 
 @targets
+def test_target_waits_for_nothing_or_once(role, cls, kw):
+    given = scene(2)
+    assert count(lambda: call_of(role, cls, kw)(*given))['syncs'] == (cls.__name__ in ON_HOST)
+
+
+@on_device
 def test_target_on_any_device_without_a_wait(role, cls, kw):
     given = scene(2)
-    assert count(lambda: call_of(role, cls, kw)(*given))['syncs'] == 0 or cls.__name__ in ON_HOST
     with FakeTensorMode(allow_non_fake_inputs=True):
         use, pretend = call_of(role, cls, kw), [pretended(g) for g in given]
         out = []
         counted = count(lambda: out.extend(use(*pretend)))
         assert all(t.device.type == 'cuda' for t in out)
-    assert counted['syncs'] == 0 or cls.__name__ in ON_HOST, counted['where']
+    assert counted['syncs'] == 0, counted['where']
 
 
 @targets

@@ -75,42 +75,48 @@ class OHEMSampler(BaseSampler):
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #02f59d54
 def nms_groups(
-    boxes:Tensor,  # `(P, 4)` xyxy, pixels
-    scores:Tensor, # `(P,)`; negative for those that do not take part
+    boxes:Tensor,  # `(..., P, 4)` xyxy, pixels
+    scores:Tensor, # `(..., P)`; negative for those that do not take part
     iou_thr:float, # more overlap: one group
-)->Tensor:         # `(P,)` int64, number of the kept box that each belongs to; its own number if it takes no part
-    "Who would silence whom."
-    alone = torch.arange(len(boxes), device=boxes.device)
-    far = torch.where((scores >= 0)[:, None], boxes, -1e6)                    # all in one place, away from the others
-    keep = torchvision.ops.nms(far, scores, iou_thr)                         # best first; the host waits
-    hears = box_iou(boxes[keep], boxes) > iou_thr                            # (K, P)
-    hears = hears & (scores[keep] >= 0)[:, None] & (scores >= 0)
-    return torch.where(hears.any(0), keep[hears.int().argmax(0)], alone)
+)->Tensor:         # `(..., P)` int64, number of the kept box that each belongs to; its own number if it takes no part
+    "Who would silence whom; one NMS for all images."
+    P = scores.shape[-1]
+    if not P: return scores.long()
+    use,rows = scores >= 0,torch.arange(scores.numel()//P, device=boxes.device).view(*scores.shape[:-1], 1)
+    span = boxes.amax() - boxes.amin() + 1
+    far = torch.where(use[..., None], boxes.double() + (rows*span)[..., None], -1e9)     # an image beside the other
+    keep = torchvision.ops.nms(far.flatten(0, -2), scores.double().flatten(), iou_thr)   # the host waits
+    kept = torch.zeros_like(use).flatten().index_fill(0, keep, True).view_as(use) & use
+    hears = (box_iou(boxes, boxes) > iou_thr) & kept[..., :, None] & use[..., None, :]   # (..., P, P)
+    voice = torch.where(hears, scores[..., :, None], -1.)                                # the best one counts
+    return torch.where(hears.any(-2), voice.argmax(-2), torch.arange(P, device=boxes.device))
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #a652c337
 def importance(
-    scores:Tensor, # `(P,)` 0..1, negative for those that do not take part
-    group:Tensor,  # `(P,)` int64
-)->Tensor:         # `(P,)` int64 rank, 0 for the most important; those that take no part come last
+    scores:Tensor, # `(..., P)` 0..1, negative for those that do not take part
+    group:Tensor,  # `(..., P)` int64
+)->Tensor:         # `(..., P)` int64 rank, 0 for the most important; those that take no part come last
     "Hierarchical local rank: the place in the group first, then the score (Cao et al., 2020)."
     place = rank_within(scores, group)
     return rank(torch.where(scores >= 0, scores - place, -1e6))
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #604f9ec5
 def hlr_weights(
-    place:Tensor,  # `(N,)` importance rank of the drawn background
-    valid:Tensor,  # `(N,)` bool, has a rank; the others get the smallest weight
-    losses:Tensor, # `(N,)` their class losses
-    total:int,     # the larger of: how many were drawn, how many have a rank
+    place:Tensor,  # `(..., N)` importance rank of the drawn background; negative where there is none
+    drawn:Tensor,  # `(..., N)` bool, drawn background
+    losses:Tensor, # `(..., N)` class losses
+    ranked:Tensor, # `(..., 1)` how many have a rank, drawn or not
     k:float=.5,    # power of the weights
     bias:float=0,  # lifts small weights
-)->Tensor:         # `(N,)`; ones where nobody has a rank
+)->Tensor:         # `(..., N)`; ones where nobody has a rank
     "Weights that fall with the rank, and keep the sum of the losses."
-    if not len(place) or not valid.any(): return torch.ones_like(losses)
-    weight = (total - place.to(losses.dtype))/total
-    weight = torch.where(valid, weight, weight[valid].min())
-    weight = (bias + (1-bias)*weight).clamp(min=0)**k
-    return weight * losses.sum() / (losses*weight).sum().clamp(min=1e-12)
+    valid = drawn & (place >= 0)
+    total = torch.maximum(drawn.sum(-1, keepdim=True), ranked).clamp(min=1).to(losses.dtype)
+    weight = (total - place)/total
+    least = weight.masked_fill(~valid, 1.).amin(-1, keepdim=True)             # for those without a rank
+    weight = (bias + (1-bias)*torch.where(valid, weight, least)).clamp(min=0)**k
+    scale = (losses*drawn).sum(-1, keepdim=True)/(losses*weight*drawn).sum(-1, keepdim=True).clamp(min=1e-12)
+    return torch.where(valid.any(-1, keepdim=True), weight*scale, 1.)
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #6ab54bc7
 @BBOX_SAMPLERS.register_module()
@@ -146,7 +152,7 @@ class ScoreHLRSampler(RandomSampler):
         preds=None,    # `(logits (..., P', C+1), boxes (..., P', 4))` of all candidates; None: the context tells
         feats=None,    # for the context
     ):                 # `SamplingResult`, `(..., N)`, with weights
-        "Rank, draw, weigh; one NMS an image."
+        "Rank, draw, weigh; one NMS, where the host waits."
         everyone,boxes,_ = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
         if preds is None and self.context is None: raise ValueError('ScoreHLRSampler needs a context, or sample(..., preds=(logits, boxes)).')
         with torch.no_grad():
@@ -164,9 +170,7 @@ class ScoreHLRSampler(RandomSampler):
         "The importance of all background that is believed to be something."
         score = logits.softmax(-1)[..., :-1].amax(-1)
         score = score.where((codes == 0) & (score > self.score_thr), -1)
-        flat = zip(score.flatten(0, -2) if score.ndim > 1 else score[None], boxes.reshape(-1, *boxes.shape[-2:]))
-        ranks = torch.stack([importance(s, nms_groups(b, s, self.iou_thr)) for s,b in flat]).view_as(codes)
-        return ranks.where(score >= 0, -1)
+        return importance(score, nms_groups(boxes, score, self.iou_thr)).where(score >= 0, -1)
 
     def weigh(self,
         drawn,   # `SamplingResult`
@@ -175,10 +179,8 @@ class ScoreHLRSampler(RandomSampler):
         logits,  # `(..., P, C+1)`
     )->Tensor:   # `(..., N)`
         "Weights of the background, where not all of it was drawn."
-        losses = -logits.log_softmax(-1)[..., -1].gather(-1, drawn.index)
-        rows = lambda x: x.reshape(-1, x.shape[-1])
-        out = rows(drawn.weight).clone()
-        for i,(n,p,loss,c) in enumerate(zip(rows(drawn.neg), rows(place.gather(-1, drawn.index)), rows(losses), rows(codes))):
-            ranked = int((rows(place)[i] >= 0).sum())
-            if n.sum() < (c == 0).sum(): out[i, n] = hlr_weights(p[n], p[n] >= 0, loss[n], max(int(n.sum()), ranked), self.k, self.bias).to(out.dtype)
-        return out.view_as(drawn.weight)
+        losses,background = -logits.log_softmax(-1)[..., -1].gather(-1, drawn.index),codes == 0
+        ranked = (place >= 0).sum(-1, keepdim=True)
+        weights = hlr_weights(place.gather(-1, drawn.index), drawn.neg, losses, ranked, self.k, self.bias)
+        some = drawn.neg.sum(-1, keepdim=True) < background.sum(-1, keepdim=True)
+        return torch.where(drawn.neg & some, weights, drawn.weight).to(drawn.weight.dtype)

@@ -71,6 +71,12 @@ class BaseSampler:
         self.num,self.pos_fraction,self.neg_pos_ub = num,pos_fraction,neg_pos_ub
         self.add_gt_as_proposals,self.generator = add_gt_as_proposals,generator
 
+    def throw(self,
+        codes,     # `(..., P)`
+    )->Tensor:     # `(..., P)` float in 0..1
+        "A die for every candidate."
+        return torch.rand(codes.shape, device=codes.device, generator=self.generator)
+
     def pos_order(self,
         assigned,  # `AssignResult` of all candidates, `(..., P)`
         dice,      # `(..., P)` float in 0..1, thrown for this draw
@@ -98,11 +104,10 @@ class BaseSampler:
         "Draw; `N` is `num`, or all candidates if they are fewer."
         assigned,boxes,is_gt = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
         codes = assigned.gt_inds
-        throw = lambda: torch.rand(codes.shape, device=codes.device, generator=self.generator)
         most = int(self.num * self.pos_fraction)
-        positive = first(self.pos_order(assigned, throw(), most, **context).where(codes > 0, -1), most)
+        positive = first(self.pos_order(assigned, self.throw(codes), most, **context).where(codes > 0, -1), most)
         room = room_for_background(positive, self.num, self.neg_pos_ub)
-        negative = first(self.neg_order(assigned, throw(), room, **context).where(codes == 0, -1), room)
+        negative = first(self.neg_order(assigned, self.throw(codes), room, **context).where(codes == 0, -1), room)
         drawn = pick(assigned, boxes, gt.boxes, positive, negative, self.num)
         drawn.is_gt = None if is_gt is None else is_gt[drawn.index]
         return drawn
