@@ -7,7 +7,7 @@ __all__ = ['init_dist', 'run_child', 'free_port', 'launch', 'why_unused', 'Expla
            'DistEvalHook', 'SyncBuffersHook']
 
 # %% ../../nbs/14_engine/13_distributed.ipynb #e6687c74
-import inspect, os, socket, sys, tempfile, time
+import importlib, inspect, os, socket, sys, tempfile, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -65,12 +65,12 @@ def launch(
 )->list:         # what each printed
     "Run your own code in several processes of this machine, as `torchrun` would; who fails is shown."
     import multiprocessing as mp
-    from detlearn.engine.distributed import run_child       # by its name: the processes know nothing of this notebook
+    child = importlib.import_module('detlearn.engine.distributed').run_child   # processes know no notebook
     ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['detlearn.engine.distributed'])
     env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE=str(n))
     with tempfile.TemporaryDirectory() as d:
         files = [Path(d)/str(i) for i in range(n)]
-        runs = [ctx.Process(target=run_child, args=(code, [*map(str, args)], dict(env, RANK=str(i), LOCAL_RANK=str(i)),
+        runs = [ctx.Process(target=child, args=(code, [*map(str, args)], dict(env, RANK=str(i), LOCAL_RANK=str(i)),
                                                     str(f)), daemon=True) for i,f in enumerate(files)]
         for p in runs: p.start()
         end = time.monotonic() + timeout
