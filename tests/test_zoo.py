@@ -4,7 +4,7 @@ The configs are plain files of the wheel `mmdet==2.28.2` (a requirement of the d
 `golden_zoo/zoo.json` holds the sha1 of each resolved dict and, for a model, of its sorted `name (shape)` lines.
 A model with a part that does not exist yet is an expected failure that names the part; they are counted at the end.
 """
-import collections, functools, hashlib, json, sys, warnings
+import codecs, collections, functools, hashlib, json, sys, warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 import pytest
@@ -27,7 +27,7 @@ def watch(event, args):
     if watching and event == 'open' and args[1] not in ('r', 'rb'): EVENTS.append((event, str(args)[:80]))
 
 
-b''.decode('utf-8-sig')   # imports its codec now, before anybody watches
+codecs.lookup('utf-8-sig')   # imports its codec now, before anybody watches
 sys.addaudithook(watch)
 
 
