@@ -7,7 +7,6 @@ __all__ = ['hardness', 'OHEMSampler', 'nms_groups', 'importance', 'hlr_weights',
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #192c638b
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from ..core.boxes import box_iou

@@ -9,7 +9,7 @@ __all__ = ['rank', 'first', 'room_for_background', 'pick', 'BaseSampler', 'candi
 import torch
 from torch import Tensor
 from ..core.registry import BBOX_SAMPLERS
-from ..core.structures import SamplingResult, IGNORE
+from ..core.structures import SamplingResult
 from .pseudo_sampler import owner_boxes
 
 # %% ../../nbs/06_targets/21_random_sampler.ipynb #2fff5023
