@@ -16,7 +16,7 @@ from ..core.config import Config
 from ..core.structures import Detections
 from ..data.loader import build_dataset
 from ..data.transforms import read_image
-from ..engine.hooks import read_log
+from ..engine.loggers import read_log
 
 # %% ../../nbs/15_apis/03_report.ipynb #f14fcad6
 def load_found(

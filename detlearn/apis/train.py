@@ -19,10 +19,12 @@ from ..data.folder import find_data
 from ..data.loader import build_dataloader, build_dataset
 from ..detectors.build import build_detector
 from ..engine.checkpoints import find_latest
-from ..engine.hooks import EvalHook, NumClassCheckHook, ProgressHook
+from ..engine.evaluation_hooks import EvalHook
+from ..engine.guards import NumClassCheckHook
+from ..engine.loggers import ProgressHook
 from ..engine.optimizers import build_optimizer, scale_lr
 from ..engine.runner import build_runner
-from .test import Clock, build_test_loader, dataset_of, loader_settings, measure, val_metrics, write_metrics
+from .test import Clock, build_test_loader, dataset_of, loader_settings, measure, write_metrics
 
 # %% ../../nbs/15_apis/01_train.ipynb #69c5e44b
 def innermost(
@@ -140,7 +142,7 @@ def register_hooks(
                                    cfg.get('log_config'), custom_hooks_config=custom)
     if validation is not None:
         how = dict(cfg.get('evaluation') or {}); how.setdefault('by_epoch', runner.by_epoch)
-        runner.register_hook(EvalHook(validation, evaluate_fn=val_metrics, **how))
+        runner.register_hook(EvalHook(validation, **how))
     runner.register_hook(ProgressHook())
 
 # %% ../../nbs/15_apis/01_train.ipynb #54d0392a
