@@ -37,6 +37,7 @@ def find_run(
     if not path.exists(): raise FileNotFoundError(no_such_file(path, 'the path of the model'))
     return config_of(path),path
 
+# %% ../../nbs/15_apis/02_inference.ipynb #211dbfab
 def config_of(
     weights,   # path of a checkpoint
 )->Config:
@@ -68,6 +69,7 @@ def init_detector(
     model.cfg = cfg
     return place_model(model, device).eval()
 
+# %% ../../nbs/15_apis/02_inference.ipynb #cbcf576b
 def fill(
     model,       # a detector; changed
     checkpoint,  # path
@@ -95,6 +97,7 @@ def as_tensor(
     if x.dtype not in (torch.uint8, torch.uint16): raise ValueError(f'an image of {x.dtype}: expected uint8, 0 to 255. For floats in 0 to 1: (image*255).astype("uint8").')
     return to_eight_bits(x if tensor or image.ndim == 2 or array_order == 'rgb' else x.flip(0))
 
+# %% ../../nbs/15_apis/02_inference.ipynb #0aad66d5
 def first_results(
     image,  # path, or what `as_tensor` takes
     load,   # the pipeline's `LoadImage...` step
@@ -118,6 +121,7 @@ def test_steps(
     load = PIPELINES.build(dict(loads[0])) if loads else PIPELINES.build(dict(type='LoadImageFromFile'))
     return load,Compose([s for s in steps if not s['type'].startswith('Load')])
 
+# %% ../../nbs/15_apis/02_inference.ipynb #f4d0ed36
 @torch.no_grad()
 def inference_detector(
     model,               # from `init_detector`
@@ -165,6 +169,7 @@ def show_result(
     if out_file: Path(out_file).parent.mkdir(parents=True, exist_ok=True); picture.save(out_file)
     return picture
 
+# %% ../../nbs/15_apis/02_inference.ipynb #b89d5ade
 def coco_of(
     names:list,   # of the files, as they should stand in `file_name`
     sizes:list,   # `(width, height)` of each
@@ -192,6 +197,7 @@ def photo_files(
     if not files: raise FileNotFoundError(f'{path}: no photo in this folder (looked for {", ".join(PHOTO_ENDINGS)}).')
     return files
 
+# %% ../../nbs/15_apis/02_inference.ipynb #b6143f86
 def detect_files(
     model,            # from `init_detector`
     files:list,       # paths

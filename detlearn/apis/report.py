@@ -35,6 +35,7 @@ def load_found(
         out.append(Detections(torch.stack([x, y, x+w, y+h], -1), scores, labels, labels >= 0))
     return out
 
+# %% ../../nbs/15_apis/03_report.ipynb #8ac10301
 def truth_of(
     data,   # a data set
     i:int,  # number of an image
@@ -73,6 +74,7 @@ def best_threshold(
     f1 = 2*hits/(torch.arange(1, len(order)+1) + objects)
     return scores[order][f1.argmax()].item()
 
+# %% ../../nbs/15_apis/03_report.ipynb #ee8d52be
 def faults(
     dets,   # `Detections` of one image
     truth,  # `(boxes, labels)`
@@ -83,6 +85,7 @@ def faults(
     m = matched(Detections(dets.boxes[keep], dets.scores[keep], dets.labels[keep], dets.valid[keep]), *truth)
     return len(truth[1]) - int((m >= 0).sum()),int((m < 0).sum())
 
+# %% ../../nbs/15_apis/03_report.ipynb #14f15e1a
 def worst_images(
     found:list,  # `Detections` of each image
     truths:list, # `(boxes, labels)` of each
@@ -101,6 +104,7 @@ def log_of(
     records = [r for p in sorted(Path(folder).glob('*.log.json')) for r in read_log(p)]
     return [r for r in records if 'mode' in r]
 
+# %% ../../nbs/15_apis/03_report.ipynb #3a8f98fa
 def curves(
     records:list, # of the log
 ):                # a figure
@@ -126,6 +130,7 @@ def photo_of(
     "The photo itself."
     return read_image(Path(data.img_prefix or '')/data.data_infos[i]['filename'])
 
+# %% ../../nbs/15_apis/03_report.ipynb #bd88de11
 def pairs(
     data,     # a data set
     found,    # `Detections` of each image
@@ -158,6 +163,7 @@ def as_image(
     fig.savefig(out, format=kind, dpi=100, **(dict(pil_kwargs=dict(quality=82)) if photo else {})); plt.close(fig)
     return f'<img src="data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
 
+# %% ../../nbs/15_apis/03_report.ipynb #310f0d79
 def table(
     head:list, # texts
     rows:list, # lists of texts and numbers; floats get three digits
@@ -171,6 +177,7 @@ STYLE = '''body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem 
 td,th{padding:.15rem 1rem .15rem 0;text-align:left;font-variant-numeric:tabular-nums}pre{background:#f6f7f8;padding:1rem;overflow:auto;font-size:12px}
 img{max-width:100%}.big{font-size:2.2rem;font-weight:700;margin-right:1.6rem}.big small{font-size:.9rem;font-weight:400;color:#8a949e}'''
 
+# %% ../../nbs/15_apis/03_report.ipynb #3573c5e7
 def page(
     title:str,     # of the run
     sections:list, # `(heading, HTML)`
@@ -190,6 +197,7 @@ def headline(
     return (f"<p>{number('AP')}{number('AP50')}{number('AP75')}</p><p>on {metrics.get('images', '?')} {metrics.get('split', '')} photos{loss}; "
             f"{metrics['seconds']:.0f} seconds on the wall, {metrics['cpu_seconds']:.0f} CPU seconds{memory}</p>")
 
+# %% ../../nbs/15_apis/03_report.ipynb #acddff5c
 def spread(
     n:int,     # images
     most:int,  # wanted
@@ -198,6 +206,7 @@ def spread(
     k = min(n, most)
     return [round(i*(n-1)/max(1, k-1)) for i in range(k)]
 
+# %% ../../nbs/15_apis/03_report.ipynb #eeb8d997
 def write_report(
     folder,     # a work directory
     most:int=4, # photos in a row
@@ -215,6 +224,7 @@ def write_report(
     classes = table(['class', 'AP', 'AP50', 'objects'], [[c, v['AP'], v['AP50'], sum(int((t[1] == i).sum()) for t in truths)]
                                                          for i,(c,v) in enumerate(metrics['per_class'].items())])
     config = (folder/'provenance.txt').read_text(encoding='utf-8')
+    plt.close(plt.figure())                                        # a notebook's backend starts with a figure, outside of what is put back
     with plt.rc_context():
         use_style()
         sections = [('', headline(metrics)), ('Curves', as_image(curves(log_of(folder)))), ('Classes', classes),

@@ -47,6 +47,7 @@ def loader_settings(
         if k in data: own.setdefault(k, data[k])
     return {'samples_per_gpu': 1, 'workers_per_gpu': 2, **own}
 
+# %% ../../nbs/15_apis/00_test.ipynb #c2929168
 def build_test_loader(
     data,              # `data` of a config
     split:str='test',  # or `'val'`
@@ -66,6 +67,7 @@ def dataset_of(
     while not hasattr(data, 'CLASSES') and hasattr(data, 'dataset'): data = data.dataset
     return data
 
+# %% ../../nbs/15_apis/00_test.ipynb #5f190a9d
 @torch.no_grad()
 def detect_all(
     model,          # a detector
@@ -106,6 +108,7 @@ def cpu_seconds()->float: # user and system time of this process and of its chil
     t = os.times()
     return t.user + t.system + t.children_user + t.children_system
 
+# %% ../../nbs/15_apis/00_test.ipynb #ece6f5b3
 class Clock:
     "Seconds since it was made."
     def __init__(self,
@@ -119,6 +122,7 @@ class Clock:
         peak = peak_memory(device)
         return dict(seconds=time.time()-self.wall, cpu_seconds=cpu_seconds()-self.cpu, peak_memory=None if peak is None else peak*2**20)
 
+# %% ../../nbs/15_apis/00_test.ipynb #3a5a7aa6
 def write_metrics(
     folder,        # of the run
     metrics:dict,  # from `measure`

@@ -35,6 +35,7 @@ def innermost(
         part = part[0] if isinstance(part, (list, tuple)) else part['dataset'] if 'dataset' in part else part['datasets']
     return part
 
+# %% ../../nbs/15_apis/01_train.ipynb #351c37ab
 def point_at(
     part,         # `data.train`, `.val` or `.test` of a config
     found,        # `Split`
@@ -60,6 +61,7 @@ def set_num_classes(
         elif k not in ('semantic_head', 'backbone'): out += set_num_classes(v, n, f'{path}.{k}')
     return out
 
+# %% ../../nbs/15_apis/01_train.ipynb #c99092f7
 def use_data(
     cfg,        # a config; changed
     folder,     # with photos and COCO files
@@ -87,6 +89,7 @@ def default_device()->torch.device: # the accelerator, or the CPU
     if hasattr(torch, 'accelerator'): return torch.accelerator.current_accelerator() or torch.device('cpu') if torch.accelerator.is_available() else torch.device('cpu')
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
+# %% ../../nbs/15_apis/01_train.ipynb #d4da8c39
 def place_model(
     model,       # a detector
     device=None, # None: `default_device`
@@ -112,6 +115,7 @@ def runner_config(
     if 'total_epochs' in cfg: return dict(type='EpochBasedRunner', max_epochs=cfg['total_epochs'])
     raise KeyError("the config does not say how long to train: write runner=dict(type='EpochBasedRunner', max_epochs=12)")
 
+# %% ../../nbs/15_apis/01_train.ipynb #1915e0e7
 def scaled_optimizer(
     cfg,        # a config
     batch:int,  # photos of a step, over all processes
@@ -122,6 +126,7 @@ def scaled_optimizer(
     if not rule.get('enable'): return dict(cfg['optimizer'])
     return scale_lr(dict(cfg['optimizer']), batch, rule.get('base_batch_size', 16), say)
 
+# %% ../../nbs/15_apis/01_train.ipynb #94f68a4c
 def warn_of_missing(
     cfg, # a config
 ):       # warns, or `ValueError`
@@ -172,6 +177,7 @@ def train_detector(
     runner.run(loaders, [tuple(w) for w in cfg.get('workflow') or [('train', 1)]])
     return runner
 
+# %% ../../nbs/15_apis/01_train.ipynb #017cf782
 def begin_from(
     runner, # before its run
     cfg,    # `resume_from`, `auto_resume` (with `work_dir`), `load_from`
@@ -192,6 +198,7 @@ def keep_config(
     cfg.dump(folder/'config.py')
     (folder/'provenance.txt').write_text(cfg.text_with_provenance(), encoding='utf-8')
 
+# %% ../../nbs/15_apis/01_train.ipynb #48c4d7fc
 def about(
     cfg,        # `Config`
     data,       # the training set
@@ -201,6 +208,7 @@ def about(
     return dict(CLASSES=tuple(data.CLASSES), PALETTE=getattr(data, 'PALETTE', None), config=cfg.pretty_text, seed=cfg.get('seed'),
                 detlearn_version=detlearn.__version__, exp_name=Path(cfg.filename).name)
 
+# %% ../../nbs/15_apis/01_train.ipynb #75c8ac2d
 def run_training(
     cfg,             # `Config`, with `work_dir`; paths and `num_classes` are right
     clock=None,      # `Clock`; None: from now

@@ -53,6 +53,7 @@ def folders_below(
         if len(out) > most: break
     return out[:most]
 
+# %% ../../nbs/02_data/08_folder.ipynb #76422201
 def photo_folder(
     file,   # the annotation file
     names,  # of some photos
@@ -69,6 +70,7 @@ class Split(dict):
         places = f"{self['ann_file']}, photos in {self['img_prefix']}"
         return f"{self['images']} images, {self['objects']} objects: {places}"
 
+# %% ../../nbs/02_data/08_folder.ipynb #5825f2e7
 def choose_file(
     split:str, # its name, for the message
     files,     # paths that claim it
@@ -94,6 +96,7 @@ def find_splits(
     order = [s for s in (*SPLITS, '') if s in found]
     return {s: located(choose_file(s or 'train', found[s]), facts, root) for s in order}
 
+# %% ../../nbs/02_data/08_folder.ipynb #9a9345d1
 def located(
     file,       # annotation file
     facts:dict, # file: what `coco_facts` gave

@@ -15,7 +15,8 @@ model = dict(
     train_cfg=dict(
         assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.1, ignore_iof_thr=-1),
         allowed_border=-1, pos_weight=-1, debug=False),
-    test_cfg=dict(nms_pre=300, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+    # cells overlap: a neighbour's score is lowered, not struck out
+    test_cfg=dict(nms_pre=300, min_bbox_size=0, score_thr=0.05, nms=dict(type='soft_nms', iou_threshold=0.3), max_per_img=100))
 checkpoint_config = dict(interval=10, max_keep_ckpts=1)
 log_config = dict(interval=17, hooks=[dict(type='TextLoggerHook')])
 custom_hooks = [dict(type='NumClassCheckHook'), dict(type='EMAHook', momentum=0.01, warm_up=10)]
