@@ -7,7 +7,7 @@ __all__ = ['USER_ERRORS', 'COMMANDS', 'as_sentence', 'run_command', 'ready_confi
            'browse_config', 'demo', 'version_of', 'doctor', 'take_set', 'parse_words', 'overview', 'main']
 
 # %% ../../nbs/15_apis/04_cli.ipynb #0593210e
-import contextlib, importlib.metadata, inspect, json, os, platform, sys, warnings
+import importlib.metadata, inspect, json, os, platform, sys, warnings
 from pathlib import Path
 from fastcore.script import anno_parser
 from ..core.registry import nearest
@@ -125,7 +125,6 @@ def predict(
 )->int:                      # exit status: 1 if some photos could not be read
     "Find objects on photos, draw them, and write a COCO file."
     from detlearn.apis.inference import coco_of, detect_files, find_run, init_detector, photo_files, show_result
-    from detlearn.data.transforms import read_image
     detector,files = init_detector(*find_run(model), device),photo_files(photos)
     found,bad = detect_files(detector, files, progress=bar)
     for f,why in bad.items(): print(f'left out: {why}', file=sys.stderr)

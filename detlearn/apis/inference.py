@@ -7,7 +7,7 @@ __all__ = ['PHOTO_ENDINGS', 'find_run', 'config_of', 'init_detector', 'fill', 'a
            'inference_detector', 'bbox2result', 'show_result', 'coco_of', 'photo_files', 'detect_files']
 
 # %% ../../nbs/15_apis/02_inference.ipynb #25bb9710
-import os, tempfile, warnings
+import tempfile, warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ def detect_files(
     progress=lambda x: x, # `f(iterable)` that shows how far it is
 )->tuple:             # `{path: Detections}`; `{path: what is wrong with it}`
     "Boxes on all photos that can be read."
-    found,bad,good = {},{},[]
+    found,bad = {},{}
     for start in progress(range(0, len(files), batch_size)):
         images = {}
         for f in files[start:start+batch_size]:

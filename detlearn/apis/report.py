@@ -9,7 +9,6 @@ __all__ = ['STYLE', 'load_found', 'truth_of', 'matched', 'best_threshold', 'faul
 # %% ../../nbs/15_apis/03_report.ipynb #97f1924d
 import base64, html, io, json
 from pathlib import Path
-import numpy as np
 import torch
 from ..core.boxes import box_iou
 from ..core.config import Config

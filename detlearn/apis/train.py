@@ -8,13 +8,11 @@ __all__ = ['innermost', 'point_at', 'set_num_classes', 'use_data', 'check_classe
            'train_detector', 'begin_from', 'keep_config', 'about', 'run_training']
 
 # %% ../../nbs/15_apis/01_train.ipynb #6d4e56b3
-import os, random, time, warnings
+import random, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
-from ..core.config import Config, ConfigDict
-from ..core.registry import nearest
 from ..data.folder import find_data
 from ..data.loader import build_dataloader, build_dataset
 from ..detectors.build import build_detector

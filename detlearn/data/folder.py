@@ -8,7 +8,6 @@ __all__ = ['SPLITS', 'split_of', 'coco_facts', 'folders_below', 'photo_folder', 
 
 # %% ../../nbs/02_data/08_folder.ipynb #92dd5a04
 import json, os, re
-from collections import Counter
 from pathlib import Path
 from ..core.registry import nearest
 
