@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..core.registry import PRIOR_GENERATORS
 from ..core.structures import Priors
-from .priors import pair, valid_cells
+from .priors import check_levels, pair, valid_cells
 
 # %% ../../nbs/06_targets/01c_points.ipynb #90764f47
 def points_of_level(
@@ -64,9 +64,7 @@ class MlvlPointGenerator:
         with_stride=False,    # append the strides in x and y
     )->list:                  # one `(H*W, 2 or 4)` a level
         "The points of each level."
-        if len(featmap_sizes) != self.num_levels:
-            raise ValueError(f'{len(featmap_sizes)} feature maps for {self.num_levels} strides: '
-                             'give one stride a level')
+        check_levels(featmap_sizes, self.strides)
         return [self.single_level_grid_priors(s, i, dtype, device, with_stride)
                 for i,s in enumerate(featmap_sizes)]
 
