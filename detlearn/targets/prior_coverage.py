@@ -131,7 +131,7 @@ def draw_coverage(
 ):
     "Recall by size and shape as a table; below it how many objects."
     share,n = cover.table(sides, ratios)
-    ax.imshow(share.nan_to_num(1), cmap='RdYlGn', vmin=0, vmax=1, aspect='auto', alpha=.55)
+    ax.imshow(share, cmap='RdYlGn', vmin=0, vmax=1, aspect='auto', alpha=.55)
     for r in range(len(share)):
         for c in range(share.shape[1]):
             if n[r,c]: ax.text(c, r, f'{share[r,c]:.0%}\n{n[r,c]}', ha='center', va='center', size=7.5)
