@@ -11,6 +11,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                    'detlearn.apis.cli.parse_words': ('15_apis/cli.html#parse_words', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.predict': ('15_apis/cli.html#predict', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.ready_config': ('15_apis/cli.html#ready_config', 'detlearn/apis/cli.py'),
+                                   'detlearn.apis.cli.resume_command': ('15_apis/cli.html#resume_command', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.run_command': ('15_apis/cli.html#run_command', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.summary': ('15_apis/cli.html#summary', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.take_set': ('15_apis/cli.html#take_set', 'detlearn/apis/cli.py'),

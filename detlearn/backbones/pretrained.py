@@ -73,7 +73,7 @@ def read_file(
     except pickle.UnpicklingError as e:
         raise ValueError(f'{path} holds more than tensors and is refused, since opening it would run code of its author '
                          f'({str(e).splitlines()[0][:120]}). Ask for weights as .safetensors.') from None
-    except (RuntimeError, EOFError) as e:
+    except (RuntimeError, EOFError, OSError) as e:
         raise ValueError(f'{path} is not readable as weights; it was probably cut short ({path.stat().st_size} bytes): {str(e)[:100]}') from None
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #5f60ee01
