@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.registry import LOSSES
-from .reduce import weight_reduce_loss, only_used, at_least_float32, choose_reduction
+from .reduce import weight_reduce_loss, only_used, at_least_float32, choose_reduction, off_the_ends
 from .cross_entropy import one_hot, check_shapes
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #2764a762
@@ -84,6 +84,7 @@ def sigmoid_focal_loss(
 )->Tensor:            # scalar, or `(..., C)` for `'none'`
     "Focal loss (Lin et al., 2017)."
     target,weight = as_yes_no(target, pred),match_weight(weight, pred)
+    if elements is focal_of_probabilities: pred = off_the_ends(pred)
     pred,target = at_least_float32(only_used(pred, weight)),only_used(target, weight)
     return weight_reduce_loss(elements(pred, target, gamma, alpha), weight, reduction, avg_factor)
 

@@ -1,4 +1,7 @@
 "The zoo's calls of losses, where ours differ."
+from types import SimpleNamespace
+import torch
+from detlearn.losses.pisa_loss import isr_p as ours
 from detlearn.losses.reduce import weighted_loss as weighted
 
 
@@ -11,6 +14,31 @@ def cross_entropy_of_maps(loss, cls_score, label, **more):
 def weighted_loss(pred, target, **more): return weighted(lambda pred, target: (pred - target)**2)(pred, target, **more)
 
 
-TYPES = dict(CrossEntropyLoss=dict(forward=cross_entropy_of_maps))
-FUNCTIONS = dict(weighted_loss=weighted_loss)
+def seesaw_of_positives(loss, cls_score, labels, **more):
+    "Elements of background have no place in the zoo's list of class losses; here they are 0."
+    out = loss(cls_score, labels, **more)
+    if isinstance(out, dict) and out['loss_cls_classes'].dim(): out['loss_cls_classes'] = out['loss_cls_classes'][labels < loss.num_classes]
+    return out
+
+
+def embedding(loss, pred, target, match):
+    "Without any object the zoo's graph ends at the first map."
+    return loss(pred, target if any(match) else target.detach(), match)
+
+
+def isr_p(bbox_targets, sampling_results, num_class=80, **more):
+    "Lists of the positives' objects, image by image, as codes of all rows; no two images share a code."
+    positive = (bbox_targets[0] >= 0) & (bbox_targets[0] < num_class)
+    objects, offset = [], 1
+    for image in sampling_results:
+        objects.append(image.pos_assigned_gt_inds + offset)
+        offset += int(image.pos_assigned_gt_inds.max()) + 1 if len(objects[-1]) else 0
+    codes = torch.zeros_like(bbox_targets[0]).masked_scatter(positive, torch.cat(objects))
+    more = {k: getattr(v, 'part', v) for k, v in more.items()}   # parts themselves, not behind the zoo's methods
+    return ours(bbox_targets=bbox_targets, sampling_results=SimpleNamespace(gt_inds=codes), num_class=num_class, **more)
+
+
+TYPES = dict(CrossEntropyLoss=dict(forward=cross_entropy_of_maps), SeesawLoss=dict(forward=seesaw_of_positives),
+             AssociativeEmbeddingLoss=dict(forward=embedding))
+FUNCTIONS = dict(weighted_loss=weighted_loss, isr_p=isr_p)
 NAMES = dict(py_sigmoid_focal_loss='sigmoid_focal_loss')
