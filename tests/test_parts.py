@@ -1,6 +1,6 @@
-"""Rules that every part of the targets and the losses must keep, each tested once for all that are registered.
+"""Rules that every part of the targets must keep, each tested once for all that are registered.
 
-A part is found by its registry, its settings and a loss's inputs come from the golden cases of its type, so a new page brings its tests with it.
+A part is found by its registry, its settings come from the golden cases of its type (losses: test_losses.py), so a new page brings its tests with it.
 The rules: one graph for the compiler; no tensor on the wrong device and no wait of the host; as many kernels for eight
 images as for one; images without objects; half precision in, float32 out.
 """
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
-from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, LOSSES, MATCH_COST, PRIOR_GENERATORS
+from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, MATCH_COST, PRIOR_GENERATORS
 from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
 from counting import count
 from test_assigners import SETTINGS
 from test_golden import CASES, read
 
 for module in INDEX['syms']:
-    if module.split('.')[1] in ('targets', 'losses'): importlib.import_module(module)
+    if module.split('.')[1] == 'targets': importlib.import_module(module)
 
 ON_HOST = {'ScoreHLRSampler'}   # parts that go to the host once a batch (matching, NMS): named here, with the reason on their page
 MAPS, C = [(8, 8), (4, 4)], 3
@@ -149,8 +149,8 @@ on_device = pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.valu
 
 
 def test_the_parts_are_there():
-    names = {p.values[1].__name__ for p in TARGETS} | set(LOSSES)
-    assert {'AnchorGenerator', 'DeltaXYWHBBoxCoder', 'MaxIoUAssigner', 'PseudoSampler', 'FocalLoss', 'L1Loss'} <= names
+    names = {p.values[1].__name__ for p in TARGETS}
+    assert {'AnchorGenerator', 'DeltaXYWHBBoxCoder', 'MaxIoUAssigner', 'PseudoSampler'} <= names
 
 
 @on_device
@@ -208,77 +208,6 @@ def test_image_alone_or_in_a_batch(role, cls, kw):
     pick = lambda v, i: {k: pick(x, i) for k, x in v.items()} if isinstance(v, dict) else v[i:i+1] if isinstance(v, torch.Tensor) and len(v) == 3 else v
     alone = lambda s, i: type(s)(**pick(vars(s), i))
     for i in range(3): same(use(*(alone(s, i) for s in (priors, gt, preds))), [t[i:i+1] for t in use(priors, gt, preds)])
-
-
-def loss_cases():
-    "For each registered loss, a golden case with each of its settings, weighted where there is one."
-    for cls in dict.fromkeys(LOSSES.values()):
-        seen = {}
-        for _, tensors, case in CASES:
-            if case['type'] != cls.__name__ or case['call'] != 'forward' or 'raises' in case or 'state' in case: continue
-            args = read(case['args'], tensors)
-            first = next(iter(args.values()))
-            if not (isinstance(first, torch.Tensor) and len(first) and first.is_floating_point()): continue
-            key = repr(case['kwargs'])
-            if key not in seen or len(args) > len(seen[key][1]): seen[key] = read(case['kwargs'], tensors), args
-        for i, (kw, args) in enumerate(itertools.islice(seen.values(), 3)): yield pytest.param(cls, kw, args, id=f'{cls.__name__}-{i}')
-        if not seen: yield pytest.param(cls, {}, None, id=cls.__name__)
-
-
-losses = pytest.mark.parametrize('cls,kw,args', list(loss_cases()))
-
-
-def forward_backward(loss, args):
-    "The loss and the gradient of its first argument."
-    name, pred = next(iter(args.items()))
-    pred = pred.detach().clone().requires_grad_()
-    value = loss(**{**args, name: pred})
-    value.sum().backward()
-    return value, pred.grad
-
-
-def changed(args, change): return {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-
-
-@losses
-def test_loss_is_one_graph(cls, kw, args):
-    assert args, f'no golden case shows how {cls.__name__} is called'
-    torch._dynamo.reset()
-    loss = cls(**kw)
-    same([torch.compile(loss, fullgraph=True, backend='eager')(**args)], [loss(**args)])
-
-
-@losses
-def test_loss_on_any_device_without_a_wait(cls, kw, args):
-    loss = cls(**kw)
-    assert count(lambda: forward_backward(loss, args))['syncs'] == 0
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        loss, pretend, out = cls(**kw).to('cuda'), changed(args, on_cuda), []
-        counted = count(lambda: out.append(loss(**pretend)))   # forward alone: autograd wants a real device
-        assert out[0].device.type == 'cuda'
-    assert counted['syncs'] == 0, counted['where']
-
-
-@losses
-def test_loss_of_nothing(cls, kw, args):
-    "No element, or none with a weight: zero, finite, and the graph is kept."
-    name = next(iter(args))
-    n = len(args[name])
-    nothing = {k: v[:0] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v for k, v in args.items()}
-    value, grad = forward_backward(cls(**{**kw, 'reduction': 'sum'}), {k: v for k, v in nothing.items() if k not in ('avg_factor', 'reduction_override')})
-    assert value.sum() == 0 and grad.numel() == 0
-    if 'weight' not in args or kw.get('use_mask'): return
-    value, grad = forward_backward(cls(**kw), {**args, 'weight': torch.zeros_like(args['weight'], dtype=torch.float)})
-    assert value.abs().sum() == 0 and grad.abs().sum() == 0
-
-
-@losses
-def test_loss_in_half_precision(cls, kw, args):
-    loss, name = cls(**kw), next(iter(args))
-    half = {**args, name: args[name].bfloat16()}
-    with torch.autocast('cpu', torch.bfloat16): value, grad = forward_backward(loss, half)
-    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
-    same([value], [loss(**{**args, name: half[name].float()})])
 
 
 def test_the_counter_sees_each_kind_of_wait():

@@ -6,7 +6,6 @@
 __all__ = ['knowledge_distillation_kl_div_loss', 'KnowledgeDistillationKLDivLoss']
 
 # %% ../../nbs/07_losses/13_kd_loss.ipynb #836842b3
-import torch
 from torch import Tensor
 from ..core.registry import LOSSES
 from .reduce import LossPart, weighted_loss
