@@ -83,8 +83,23 @@ def grid(assigner, bboxes, box_responsible_flags, gt_bboxes, gt_labels=None):
     return result(assigner.assign(Priors(bboxes), objects(gt_bboxes, gt_labels), responsible=box_responsible_flags.bool()))
 
 
+def region_call(mlvl_anchors, mlvl_valid_flags, gt_bboxes, img_meta, featmap_sizes, anchor_scale, anchor_strides, gt_bboxes_ignore=None, gt_labels=None, allowed_border=0):
+    "The zoo's lists of levels as `Priors`; without objects it looks at no border."
+    boxes, (h, w) = torch.cat(mlvl_anchors), img_meta['img_shape'][:2]
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    inside = torch.cat(mlvl_valid_flags)
+    if allowed_border >= 0: inside = inside & (x1 >= -allowed_border) & (y1 >= -allowed_border) & (x2 < w+allowed_border) & (y2 < h+allowed_border)
+    priors = Priors(boxes, [len(a) for a in mlvl_anchors], [(s, s) for s in anchor_strides], inside if len(gt_bboxes) else None)
+    return priors, objects(gt_bboxes, gt_labels), anchor_scale
+
+
+def region(assigner, **args):
+    priors, gt, scale = region_call(**args)
+    return result(assigner.assign(priors, gt, anchor_scale=scale))
+
+
 TYPES = {'ATSSAssigner': dict(assign=atss), 'ApproxMaxIoUAssigner': dict(assign=approx), 'PointAssigner': dict(assign=point),
-         'CenterRegionAssigner': dict(assign=center_region), 'GridAssigner': dict(assign=grid),
+         'CenterRegionAssigner': dict(assign=center_region), 'GridAssigner': dict(assign=grid), 'RegionAssigner': dict(assign=region),
          'HungarianAssigner': dict(assign=hungarian), 'MaskHungarianAssigner': dict(assign=mask_hungarian),
          'TaskAlignedAssigner': dict(assign=task_aligned), 'UniformAssigner': dict(assign=uniform),
          'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
