@@ -18,12 +18,12 @@ PLACES = {sym.rsplit('.', 1)[1]: mod for mod, syms in INDEX['syms'].items() for 
 
 
 def calls(group):
-    "What is translated in a group: `TYPES` {type: {method: f(part, **args)}}, `FUNCTIONS` {name: f(**args)}, `NAMES` {the zoo's: ours}."
+    "What is translated in a group: `TYPES` {type: {method: f(part, **args)}}, `FUNCTIONS` {name: f(**args)}, `NAMES` {the zoo's: ours}, `DIFFERS` {type: (reason, test of both numbers)}."
     try: module = importlib.import_module(f'golden_calls.{group}')
     except ModuleNotFoundError as e:
         if e.name != f'golden_calls.{group}': raise
         module = None
-    return SimpleNamespace(**{k: getattr(module, k, {}) for k in ('TYPES', 'FUNCTIONS', 'NAMES')})
+    return SimpleNamespace(**{k: getattr(module, k, {}) for k in ('TYPES', 'FUNCTIONS', 'NAMES', 'DIFFERS')})
 
 
 def find(group, name):

@@ -105,9 +105,17 @@ def as_param(group, tensors, case):
 
 @pytest.mark.parametrize('group,tensors,case', [as_param(*c) for c in HERE])
 def test_golden(group, tensors, case):
+    odd = ours.calls(group).DIFFERS.get(case['type'])
+    if odd and len(read(case['args'], tensors)['gt_bboxes']): return both_numbers(odd[1], group, case, tensors)
     if 'raises' in case: return refused(group, case, tensors)
     text = difference(compute(group, case, tensors), read(case['out'], tensors), exact=case['type'] in EXACT)
     assert text is None, text
+
+
+def both_numbers(test, group, case, tensors):
+    "Where the reference is plainly broken, ours is what it means, and its own number is known, too."
+    part = ours.build(group, dict(type=case['type'], **read(case['kwargs'], tensors)))
+    test(getattr(part, 'part', part), read(case['args'], tensors), None if 'raises' in case else read(case['out'], tensors))
 
 
 def refused(group, case, tensors):

@@ -94,8 +94,46 @@ def region_call(mlvl_anchors, mlvl_valid_flags, gt_bboxes, img_meta, featmap_siz
 
 
 def region(assigner, **args):
+    "Its `max_overlaps` is None, but zeros without objects."
     priors, gt, scale = region_call(**args)
-    return result(assigner.assign(priors, gt, anchor_scale=scale))
+    res = result(assigner.assign(priors, gt, anchor_scale=scale))
+    return res if len(gt.boxes) else dict(res, max_overlaps=torch.zeros(len(priors.boxes)))
+
+
+def region_meant(assigner, priors, gt, scale):
+    "What the reference means to do, in loops: object by object, level by level."
+    first = scale*priors.strides[0][0]
+    codes, hidden = torch.zeros(len(priors.boxes), dtype=torch.long), torch.zeros(len(priors.boxes), dtype=torch.bool)
+    def middle(box, ratio, level):
+        (s, _), r = priors.strides[level], (1-ratio)/2
+        a, b = box[:2]/s, box[2:]/s
+        low, high = ((1-r)*a + r*b).round().clamp(min=0), (r*a + (1-r)*b).round().clamp(min=0)
+        at = (priors.boxes[:, :2] + priors.boxes[:, 2:])/2/s
+        return ((at >= low) & (at <= high)).all(1) & (priors.levels == level)
+    for k, box in enumerate(gt.boxes, 1):
+        n = len(priors.level_sizes)
+        own = int((((box[2]-box[0])*(box[3]-box[1])).sqrt().log2() - torch.tensor(float(first)).log2() + .5).floor().clamp(0, n-1))
+        codes[middle(box, assigner.ignore_ratio, own)] = -1
+        codes[middle(box, assigner.center_ratio, own)] = k
+        for l in (own-1, own+1):
+            if 0 <= l < n: hidden |= middle(box, assigner.ignore_ratio, l)
+    return codes, hidden
+
+
+def region_differs(assigner, args, want):
+    "Both numbers: ours is what is meant; with 0 and 1 used as an index, it is the reference's."
+    priors, gt, scale = region_call(**args)
+    got = assigner.assign(priors, gt, anchor_scale=scale)
+    codes, hidden = region_meant(assigner, priors, gt, scale)
+    meant = codes.masked_fill(hidden | ~priors.valid, -1)
+    assert torch.equal(got.gt_inds, meant)
+    if want is None:                                             # the reference ended in an IndexError for its labels
+        assert torch.equal(got.labels, torch.where(meant > 0, gt.labels[(meant-1).clamp(min=0)], -1))
+        return
+    for part, flags in zip(codes.split(priors.level_sizes), hidden.split(priors.level_sizes)): part[flags.long()] = -1
+    assert torch.equal(codes.masked_fill(~priors.valid, -1), want['gt_inds'] if isinstance(want, dict) else want.gt_inds)
+
+
 
 
 TYPES = {'ATSSAssigner': dict(assign=atss), 'ApproxMaxIoUAssigner': dict(assign=approx), 'PointAssigner': dict(assign=point),
@@ -103,3 +141,6 @@ TYPES = {'ATSSAssigner': dict(assign=atss), 'ApproxMaxIoUAssigner': dict(assign=
          'HungarianAssigner': dict(assign=hungarian), 'MaskHungarianAssigner': dict(assign=mask_hungarian),
          'TaskAlignedAssigner': dict(assign=task_aligned), 'UniformAssigner': dict(assign=uniform),
          'SimOTAAssigner': dict(assign=sim_ota), '*': dict(assign=assign)}   # '*': every type that is not named
+
+# Where the reference is plainly broken: type, reason, a test of both numbers. Cases without objects are not concerned.
+DIFFERS = {'RegionAssigner': ('uses the ignore flags 0 and 1 of the levels beside as an index, and with labels and several levels ends in an IndexError', region_differs)}
