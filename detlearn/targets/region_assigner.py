@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
-from ..core.structures import AssignResult, IGNORE, BACKGROUND
+from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_area
 from .max_iou_assigner import BaseAssigner, columns, pack
 from .atss_assigner import prior_points
