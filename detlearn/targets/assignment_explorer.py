@@ -17,7 +17,7 @@ from IPython.display import display
 from torch import Tensor
 from .._modidx import d as _index
 from ..core.registry import BBOX_ASSIGNERS
-from ..core.structures import GroundTruth, Predictions, Priors, IGNORE
+from ..core.structures import AssignResult, GroundTruth, Predictions, Priors, IGNORE
 from ..core.boxes import box_iou, box_centers
 from ..core.shapes import ToyShapes, toy_predictions
 from ..core.plot import draw_owners
@@ -87,7 +87,7 @@ def suited(
 def answer(
     assigner, # any
     scene,    # `Scene`
-)->'AssignResult':
+)->AssignResult:
     "What the assigner says about the scene."
     return assigner.assign(suited(assigner, scene.priors), scene.gt, scene.preds)
 

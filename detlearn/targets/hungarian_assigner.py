@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
+from ..core.structures import AssignResult
 from ..core.boxes import xyxy_to_cxcywh, full_precision
 from .match_costs import ClassificationCost, BBoxL1Cost, IoUCost
 from .max_iou_assigner import pack
@@ -79,7 +80,7 @@ class HungarianAssigner:
         priors,      # `Priors`, of which only `valid` is used, or None
         gt,          # `GroundTruth`, boxes `(..., G, 4)`, labels, sizes; padding and crowds are not matched
         preds=None,  # `Predictions`, scores `(..., Q, C)`, `extras['boxes']` `(..., Q, 4)` xyxy, pixels
-    )->'AssignResult': # `max_overlaps` None
+    )->AssignResult: # `max_overlaps` None
         "Cost of all pairs, one transfer, the cheapest matching."
         if preds is None: raise ValueError(f'{type(self).__name__} looks at predictions: call assign(priors, gt, preds).')
         cost = self.cost(gt, preds).masked_fill(~gt.real[..., None, :], torch.inf)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
-from ..core.structures import Priors
+from ..core.structures import AssignResult, Priors
 from ..core.boxes import box_iou, box_centers
 from .max_iou_assigner import pack
 
@@ -144,7 +144,7 @@ class SimOTAAssigner:
         priors,      # `Priors`, points `(P, 4)` with strides, or `(P, 2)`; `P` may be 0
         gt,          # `GroundTruth`, boxes `(..., G, 4)`, labels; `G` may be 0, padding and crowds own nothing
         preds=None,  # `Predictions`, `extras['boxes']` `(..., P, 4)` xyxy, pixels
-    )->'AssignResult': # `max_overlaps`: IoU of the predicted box with its owner, -1e5 without one
+    )->AssignResult: # `max_overlaps`: IoU of the predicted box with its owner, -1e5 without one
         "Candidates, prices, numbers, owners."
         if preds is None: raise ValueError('SimOTAAssigner looks at predictions: call assign(priors, gt, preds).')
         iou,cost = self.prices(priors, gt, preds)

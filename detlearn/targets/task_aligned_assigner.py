@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
+from ..core.structures import AssignResult
 from ..core.boxes import box_iou, box_centers
 from .max_iou_assigner import pack
 from .sim_ota_assigner import own_class, points_inside, of_owner
@@ -50,7 +51,7 @@ class TaskAlignedAssigner:
         priors,      # `Priors`, boxes `(P, 4)` or `(..., P, 4)` xyxy; `P` may be 0
         gt,          # `GroundTruth`, boxes `(..., G, 4)`, labels; `G` may be 0, padding and crowds own nothing
         preds=None,  # `Predictions`, `extras['boxes']` `(..., P, 4)` xyxy, pixels
-    )->'AssignResult': # with `extras['assign_metrics']` `(..., P)`
+    )->AssignResult: # with `extras['assign_metrics']` `(..., P)`
         "Best numbers, centre inside, larger IoU wins."
         iou,metric = self.metrics(priors, gt, preds)
         chosen = largest(metric, self.topk) & points_inside(box_centers(priors.boxes), gt.boxes, .01)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
-from ..core.structures import IGNORE
+from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, xyxy_to_cxcywh, full_precision
 from .max_iou_assigner import pack, with_nobody
 
@@ -77,7 +77,7 @@ class UniformAssigner:
         priors,      # `Priors`, boxes `(P, 4)` or `(..., P, 4)` xyxy; `P` may be 0
         gt,          # `GroundTruth`, boxes `(..., G, 4)`; `G` may be 0, padding and crowds own nothing
         preds=None,  # `Predictions`, `extras['boxes']` `(..., P, 4)` xyxy, pixels
-    )->'AssignResult': # `extras`: the matches, see above
+    )->AssignResult: # `extras`: the matches, see above
         "Match, write in turn, ignore what is doubtful."
         place,owner,wrote = self.matches(priors, gt, preds)
         iou = with_nobody(self.iou_calculator(gt.boxes, priors.boxes), gt.real)              # (..., 1+G, P)
