@@ -9,7 +9,6 @@ __all__ = ['buckets_of', 'weights_of_nearest', 'weights_of_classes', 'bbox2bucke
 # %% ../../nbs/06_targets/02e_bucketing_coder.ipynb #715f3432
 import math
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..core.box_transforms import bbox_rescale
 from ..core.registry import BBOX_CODERS
