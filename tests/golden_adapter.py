@@ -54,7 +54,9 @@ def build(group, cfg):
 def function(group, name): return calls(group).FUNCTIONS.get(name) or find(group, name)
 
 
-def argument(d): return SimpleNamespace(**d) if {'gt_inds', 'max_overlaps'} <= set(d) else d
+def argument(d):
+    if d.get('type') in ('BitmapMasks', 'PolygonMasks'): return importlib.import_module('golden_calls.masks').argument(d)
+    return SimpleNamespace(**d) if {'gt_inds', 'max_overlaps'} <= set(d) else d
 
 
 def there(group, case): return (find(group, case['type']) if case['call'] else function(group, case['type'])) is not None

@@ -16,18 +16,19 @@ FOLDER = Path(os.environ.get('DETLEARN_GOLDEN') or Path(__file__).parent/'golden
 EXACT = {'AnchorGenerator'}   # equal to the last bit: a tie in the assigner may hang on it
 
 
-def read(value, tensors):
-    "JSON to Python: `$t` a tensor, `$np` an array, `$tuple`, `$build` a part, `$obj` something with attributes."
-    if isinstance(value, list): return [read(v, tensors) for v in value]
+def read(value, tensors, argument=lambda d: d):
+    "JSON to Python: `$t` a tensor, `$np` an array, `$tuple`, `$build` a part, `$obj` something with attributes, which `argument` may make ours."
+    again = lambda v: read(v, tensors, argument)
+    if isinstance(value, list): return [again(v) for v in value]
     if not isinstance(value, dict): return value
     if '$t' in value: return tensors[value['$t']].clone()
     if '$np' in value: return tensors[value['$np']].numpy().copy()
-    if '$tuple' in value: return tuple(read(value['$tuple'], tensors))
+    if '$tuple' in value: return tuple(again(value['$tuple']))
     if '$build' in value:
-        cfg = read(value['$build'], tensors)
+        cfg = again(value['$build'])
         return ours.build('coders' if 'Coder' in cfg['type'] else 'losses', cfg)
-    plain = {k: read(v, tensors) for k, v in value.get('$obj', value).items()}
-    made = ours.argument(plain)
+    plain = {k: again(v) for k, v in value.get('$obj', value).items()}
+    made = argument(plain)
     return SimpleNamespace(**plain) if '$obj' in value and made is plain else made
 
 
@@ -74,7 +75,7 @@ def call_of(group, case, tensors):
 
 def compute(group, case, tensors):
     "Run a case; where it asks for gradients, those of the sum of everything."
-    args = read(case.get('args', {}), tensors)
+    args = read(case.get('args', {}), tensors, ours.argument)
     out = case.get('out')
     names = list(out.get('grad', {})) if isinstance(out, dict) and 'value' in out else []
     for name in names: args[name].requires_grad_()
