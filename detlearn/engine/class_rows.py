@@ -7,7 +7,6 @@ __all__ = ['LAST', 'row_layout', 'copy_rows', 'remap_classes']
 
 # %% ../../nbs/14_engine/02a_class_rows.ipynb #48222958
 import re
-import torch
 
 # %% ../../nbs/14_engine/02a_class_rows.ipynb #f8ced144
 def row_layout(

@@ -7,7 +7,7 @@ __all__ = ['peak_memory', 'read_log', 'record', 'log_line', 'LoggerHook', 'mean_
            'ProgressHook', 'find_package', 'TensorboardLoggerHook', 'WandbLoggerHook', 'draw_log']
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #3b4ee70b
-import csv, importlib, json, os, sys, warnings
+import csv, importlib, json, sys, warnings
 from pathlib import Path
 import torch
 from tqdm import tqdm

@@ -6,7 +6,7 @@
 __all__ = ['module_kind', 'trainable', 'multipliers', 'param_groups', 'with_kernels', 'build_optimizer', 'scale_lr']
 
 # %% ../../nbs/14_engine/02_optimizers.ipynb #3bad66d9
-import inspect, math, warnings
+import inspect, warnings
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

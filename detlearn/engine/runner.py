@@ -19,7 +19,7 @@ from ..core.registry import HOOKS, RUNNERS, call
 from ..detectors.single_stage import parse_losses
 from .checkpoints import capture_rng, find_latest, link_latest, load_checkpoint
 from .checkpoints import restore_rng, resume_checkpoint, same_rng, save_checkpoint
-from .hooks import CheckpointHook, Hook, LogBuffer, LrUpdaterHook, OptimizerHook, get_priority
+from .hooks import Hook, LogBuffer, get_priority
 
 # %% ../../nbs/14_engine/05_runner.ipynb #31c205b0
 def sampler_of(
