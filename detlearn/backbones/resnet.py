@@ -107,6 +107,7 @@ def res_layer(
     stride:int=1,    # of the first block
     dilation:int=1,  # of all blocks
     avg_down=False,  # the way around averages before it convolves (ResNet-D)
+    first=None,      # further settings of the first block alone
     **kwargs,        # for the blocks
 )->nn.Sequential:    # the stage
     "Blocks in a row; the first changes size and channels."
@@ -116,7 +117,7 @@ def res_layer(
         pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if avg_down else []
         conv = build_conv_layer(conv_cfg, inplanes, out, 1, stride=1 if avg_down else stride, bias=False)
         downsample = nn.Sequential(*pool, conv, build_norm_layer(norm_cfg, out)[1])
-    blocks = [block(inplanes, planes, stride, dilation, downsample, **kwargs)]
+    blocks = [block(inplanes, planes, stride, dilation, downsample, **kwargs, **(first or {}))]
     return nn.Sequential(*blocks, *[block(out, planes, 1, dilation, **kwargs) for _ in range(num_blocks-1)])
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #53db9131

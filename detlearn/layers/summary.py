@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+import torchvision.ops  # registers the deformable convolution
 from ..core.plot import draw_flow
 from .conv_module import ConvModule
 
@@ -38,10 +39,10 @@ class Summary(list):
         return sum(getattr(s, what) for s in self)
 
     def __str__(self):
-        row = lambda *v: '{:<16}{:>8}{:>18}{:>12}{:>12}{:>10}'.format(*v)
+        row = lambda *v: '{:<20}{:>8}{:>16}{:>11}{:>11}{:>11}'.format(*v)
         cost = lambda p,m,b: (f'{p/1e6:.2f} M', f'{m/1e9:.2f} G', f'{b/2**20:.1f} MB')
         lines = [row('stage', 'stride', 'shape', 'weights', 'mul-adds', 'memory')]
-        lines += [row(s.name, f'{s.stride:g}', '×'.join(map(str, s.shape)), *cost(s.parameters, s.macs, s.memory)) for s in self]
+        lines += [row(s.name, f'{s.stride:.4g}', '×'.join(map(str, s.shape)), *cost(s.parameters, s.macs, s.memory)) for s in self]
         return '\n'.join(lines + [row('all', '', '', *cost(*map(self.total, ('parameters', 'macs', 'memory'))))])
     __repr__ = __str__
 
@@ -95,11 +96,13 @@ def summary(
         if out is None: return
         if m in stages.values(): shapes.update({n: tuple(out.shape[1:]) for n,s in stages.items() if s is m})
         if m in owner: memory[owner[m]] = memory.get(owner[m], 0) + 4*out.numel()
+    modes = {m: m.training for m in module.modules()}
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: deform_flops})
     device = next((p.device for p in module.parameters()), torch.device('cpu'))
     with watching(module.modules(), seen), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
         maps = [torch.empty(1, *s, device=device) for s in sizes]
-        module(maps[0] if single else maps)
+        module.eval()(maps[0] if single else maps)
+    for m,mode in modes.items(): m.training = mode
     flops = counter.get_flop_counts()
     macs = lambda n: sum(flops.get(f'{type(module).__name__}.{n}', {}).values())//2
     return Summary(Stage(n, sizes[0][-2]/shapes[n][-2] if len(shapes[n]) > 2 else 0, shapes[n], sum(p.numel() for p in s.parameters()), macs(n), memory.get(n, 0))
@@ -144,10 +147,12 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if self.inside or not isinstance(out, torch.Tensor): return out
+        outs = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor)]
+        if self.inside or not outs: return out
         sources,kind = self.sources(args),STEPS.get(getattr(func, '__name__', '').strip('_'))
-        if kind and (len(set(sources)) > 1 or kind in ('resize', 'pool')): self.add(out, kind, sources)
-        elif sources: self.names[id(out)] = sources[0]; self.kept.append(out)
+        if kind and (len(set(sources)) > 1 or kind in ('resize', 'pool')): self.add(outs[0], kind, sources)
+        elif sources:
+            for t in outs: self.names[id(t)] = sources[0]; self.kept.append(t)   # a view, a part, an activation
         return out
 
 # %% ../../nbs/03_layers/08_summary.ipynb #cd5e5235
