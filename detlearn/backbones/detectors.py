@@ -24,6 +24,7 @@ def add_mean(
     "Tell each place the mean of the map."
     return x + conv(x.mean((2, 3), keepdim=True))
 
+# %% ../../nbs/04_backbones/16_detectors.ipynb #66aec2b8
 @CONV_LAYERS.register_module()
 class SAC(ConvAWS):
     "A near and a wide look, mixed by a switch at each place (Qiao et al., 2020)."
@@ -135,6 +136,7 @@ class DetectoRS_ResNet(ResNet):
             if i in self.out_indices: outs.append(x)
         return tuple(outs)
 
+# %% ../../nbs/04_backbones/16_detectors.ipynb #754f7721
 @BACKBONES.register_module()
 class DetectoRS_ResNeXt(DetectoRS_ResNet):
     "The same with grouped 3×3."
