@@ -6,7 +6,6 @@
 __all__ = ['DarknetBlock', 'darknet_stage', 'Darknet']
 
 # %% ../../nbs/04_backbones/09_darknet.ipynb #3177da3e
-import torch
 from torch import nn
 from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
-from ..layers.conv_module import CONV_LAYERS, build_conv_layer
+from ..layers.conv_module import CONV_LAYERS
 from ..layers.convolutions import ConvAWS
 from ..layers.deform_conv import deform_conv2d
 from .resnet import ARCHS, Bottleneck, ResNet, res_layer

@@ -6,7 +6,6 @@
 __all__ = ['HourglassModule', 'HourglassNet']
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #f0311471
-import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.registry import BACKBONES

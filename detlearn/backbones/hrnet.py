@@ -6,7 +6,6 @@
 __all__ = ['HR_BLOCKS', 'down', 'up', 'HRModule', 'transition', 'HRNet', 'hr_channels', 'check_extra']
 
 # %% ../../nbs/04_backbones/07_hrnet.ipynb #1a06861d
-import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.registry import BACKBONES

@@ -6,7 +6,6 @@
 __all__ = ['choose', 'SplitAttentionConv2d', 'SplitBottleneck', 'ResNeSt']
 
 # %% ../../nbs/04_backbones/05_resnest.ipynb #1fd1e057
-import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core.registry import BACKBONES

@@ -7,7 +7,6 @@ __all__ = ['VGGS', 'vgg_layers', 'SSDVGG']
 
 # %% ../../nbs/04_backbones/11_ssd_vgg.ipynb #c91c8764
 import warnings
-import torch
 from torch import nn
 from ..core.registry import BACKBONES
 from ..layers.initialize import initialize

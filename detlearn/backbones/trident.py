@@ -12,7 +12,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
-from ..layers.initialize import initialize
 from .resnet import ARCHS, Bottleneck, ResNet, res_layer
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #688c4df1

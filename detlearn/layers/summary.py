@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-import torchvision.ops  # registers the deformable convolution
+import torchvision.ops  # noqa: F401, registers the deformable convolution
 from ..core.plot import draw_flow
 from .conv_module import ConvModule
 
