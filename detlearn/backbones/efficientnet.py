@@ -8,12 +8,11 @@ __all__ = ['PLAIN', 'EDGE', 'LITE', 'SCALES', 'LITE_SCALES', 'InvertedResidual',
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #6bd49b20
 import math, re
-import torch
 from torch import nn
 import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES, nearest
 from ..layers.conv_module import ConvModule
-from ..layers.drop import DropPath
+from ..layers.drop import DropPath, drop_rates
 from ..layers.initialize import initialize
 from ..layers.squeeze import SELayer
 from .pretrained import load_state
@@ -185,7 +184,7 @@ class EfficientNet(Freezable):
         self.out_indices,self.frozen_stages,self.norm_eval,self.init_cfg = out_indices,frozen_stages,norm_eval,init_cfg
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         (stem,last),layers = self.ends(self.scales[arch][0]),self.stages(arch)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(map(len, layers))).tolist())
+        rates = iter(drop_rates(drop_path_rate, sum(map(len, layers))))
         self.layers,channels = nn.ModuleList([ConvModule(3, stem, 3, 2, 1, **cfg)]),stem
         for layer in layers[:max(out_indices)]:
             blocks = []

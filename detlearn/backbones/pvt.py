@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_activation_layer, build_norm_layer
-from ..layers.drop import build_dropout
+from ..layers.drop import build_dropout, drop_rates
 from ..layers.initialize import initialize
 from .swin import PatchEmbed, to_map, to_rows
 
@@ -146,7 +146,7 @@ class PyramidVisionTransformer(nn.Module):
         if short or max(out_indices) >= num_stages: raise ValueError(f'PyramidVisionTransformer: {short or "out_indices"} must fit num_stages={num_stages}')
         self.out_indices,self.convert_weights,self.layers = out_indices,convert_weights,nn.ModuleList()
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if isinstance(pretrained, str) else init_cfg
-        rates,shrink = iter(torch.linspace(0, drop_path_rate, sum(num_layers)).tolist()),1
+        rates,shrink = iter(drop_rates(drop_path_rate, sum(num_layers))),1
         for i in range(num_stages):
             c,shrink = embed_dims*num_heads[i],shrink*patch_sizes[i]
             patches = PatchEmbed(in_channels, c, patch_sizes[i], strides[i], paddings[i], norm_cfg)

@@ -15,7 +15,7 @@ from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_activation_layer, build_norm_layer
 from ..layers.convolutions import same_padding
-from ..layers.drop import build_dropout
+from ..layers.drop import build_dropout, drop_rates
 from ..layers.initialize import initialize
 from .resnet import Freezable
 
@@ -280,7 +280,7 @@ class SwinTransformer(Freezable):
             h,w = [s//p for s,p in zip(_pair(pretrain_img_size), _pair(patch_size))]
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, embed_dims, h, w))
         self.drop_after_pos,self.stages = nn.Dropout(drop_rate),nn.ModuleList()
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = drop_rates(drop_path_rate, sum(depths))
         for i,depth in enumerate(depths):
             c,last = embed_dims*2**i,i == len(depths) - 1
             down = None if last else PatchMerging(c, 2*c, strides[i+1], norm_cfg if patch_norm else None)

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 import torchvision.ops  # noqa: F401, registers the deformable convolution
-from ..core.plot import draw_flow
+from ..core.plot import GREY, draw_flow
 from .conv_module import ConvModule
 
 # %% ../../nbs/03_layers/08_summary.ipynb #d747126b
@@ -113,12 +113,13 @@ def draw_costs(
     axs,          # three matplotlib axes
     table,        # a `Summary`
 ):
-    "Weights, multiply-adds and memory as bars, stages with none of them left out."
-    rows = [s for s in table if s.parameters or s.macs]
+    "Weights, multiply-adds and memory as bars; stages that multiply nothing are left out."
+    rows = [s for s in table if s.macs]
+    short = lambda v: f'{v:.3g}' if v >= .0005 else '0'
     for ax,(what,name,unit) in zip(axs, (('parameters', 'weights, M', 1e6), ('macs', 'multiply-adds, G', 1e9), ('memory', 'memory, MB', 2**20))):
         values = [getattr(s, what)/unit for s in rows]
         bars = ax.barh([s.name for s in rows], values, height=.62)
-        ax.bar_label(bars, fmt='%.3g', padding=3, size=7); ax.invert_yaxis()
+        ax.bar_label(bars, [short(v) for v in values], padding=3, size=7); ax.invert_yaxis()
         ax.set(xticks=[], title=name, xlim=(0, 1.25*max(values))); ax.spines['bottom'].set_visible(False); ax.tick_params(length=0)
         if ax is not axs[0]: ax.set_yticks([])
 
@@ -199,4 +200,11 @@ def draw_trace(
         place = column[n],row[n]
         shift = taken.get(place, 0); taken[place] = shift + 1
         boxes[n] = column[n]*1.25,row[n]*1.1 + .42*shift,names(n, kind, shape)
-    draw_flow(ax, boxes, t.edges, lit=[o for o in t.outputs if o in boxes])
+    far = [e for e in t.edges if row[e[0]] == row[e[1]] and column[e[1]] - column[e[0]] > 1]
+    draw_flow(ax, boxes, [e for e in t.edges if e not in far], lit=[o for o in t.outputs if o in boxes])
+    for a,b in far:                                                        # around the boxes between
+        (x1,y1,_),(x2,y2,_) = boxes[a],boxes[b]
+        bend = min(.3, .9/(x2 - x1))
+        ax.annotate('', (x2, y2-.16), (x1, y1-.16), zorder=1, arrowprops=dict(arrowstyle='-|>', color=GREY, connectionstyle=f'arc3,rad={bend}'))
+    low,high = ax.get_ylim()
+    if far: ax.set_ylim(low - .35, high)
