@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'Stage', 'Summary', 'stages_of', 'deform_flops', 'first_map', 'watching', 'summary', 'draw_costs', 'Trace',
-           'trace', 'draw_trace']
+           'trace', 'place_nodes', 'draw_trace']
 
 # %% ../../nbs/03_layers/08_summary.ipynb #4ce5f39e
 import math
@@ -30,6 +30,7 @@ class Stage:
     macs:int        # multiply-adds for the given input
     memory:int      # bytes of what its layers give, in float32
 
+# %% ../../nbs/03_layers/08_summary.ipynb #3b791231
 class Summary(list):
     "A list of `Stage`s that prints as a table."
     def total(self,
@@ -63,6 +64,7 @@ def deform_flops(x, weight, *args, out_shape=None, **kwargs):
     "Operations of a deformable convolution: those of an ordinary one."
     return 2*math.prod(weight)*out_shape[0]*math.prod(out_shape[2:])
 
+# %% ../../nbs/03_layers/08_summary.ipynb #f4abb005
 def first_map(
     out, # a tensor, or nested lists, tuples or dicts of tensors
 ):       # the first tensor in it, or None
@@ -83,6 +85,7 @@ def watching(
     finally:
         for h in hooks: h.remove()
 
+# %% ../../nbs/03_layers/08_summary.ipynb #ba01f567
 def summary(
     module:nn.Module,     # anything with one image, or one list of maps, as its input
     input_size,           # `(C, H, W)` of an image, or a list of them for a neck
@@ -127,6 +130,7 @@ def draw_costs(
 STEPS = dict(interpolate='resize', cat='concat', concat='concat', max_pool2d='pool', avg_pool2d='pool', adaptive_avg_pool2d='pool',
              adaptive_max_pool2d='pool', add='+', iadd='+', mul='×', sub='-', stack='stack', pad='pad') # functions that are drawn
 
+# %% ../../nbs/03_layers/08_summary.ipynb #900be047
 class Trace(TorchFunctionMode):
     "Who used whose result: `nodes` `{name: (kind, shape)}`, `edges` `[(from, to)]`."
     def __init__(self, leaves):
@@ -183,13 +187,11 @@ def trace(
     return t
 
 # %% ../../nbs/03_layers/08_summary.ipynb #b19153d9
-def draw_trace(
-    ax,           # matplotlib axes
-    t:Trace,      # of a module
-    names=None,   # `f(name, kind, shape)` gives the text of a box
-):
-    "Columns are steps in time, rows are levels: the coarsest map on top; outputs are coloured."
-    names = names or (lambda n, kind, shape: f'{n if kind != "input" else "in"}\n{"×".join(map(str, shape))}')
+def place_nodes(
+    t:Trace,  # of a module
+    names,    # `f(name, kind, shape)` gives the text of a box
+)->tuple:     # column and row of each node; `{name: (x, y, text)}`
+    "A column for each step in time, a row for each size of map, the finest below."
     before = {n: [a for a,b in t.edges if b == n] for n in t.nodes}
     column = {}
     for n in t.nodes: column[n] = 1 + max((column[a] for a in before[n]), default=-1)   # nodes stand in the order of their making
@@ -200,6 +202,17 @@ def draw_trace(
         place = column[n],row[n]
         shift = taken.get(place, 0); taken[place] = shift + 1
         boxes[n] = column[n]*1.25,row[n]*1.1 + .42*shift,names(n, kind, shape)
+    return column,row,boxes
+
+# %% ../../nbs/03_layers/08_summary.ipynb #5ffe77b5
+def draw_trace(
+    ax,           # matplotlib axes
+    t:Trace,      # of a module
+    names=None,   # `f(name, kind, shape)` gives the text of a box
+):
+    "Columns are steps in time, rows are levels: the coarsest map on top; outputs are coloured."
+    names = names or (lambda n, kind, shape: f'{n if kind != "input" else "in"}\n{"×".join(map(str, shape))}')
+    column,row,boxes = place_nodes(t, names)
     far = [e for e in t.edges if row[e[0]] == row[e[1]] and column[e[1]] - column[e[0]] > 1]
     draw_flow(ax, boxes, [e for e in t.edges if e not in far], lit=[o for o in t.outputs if o in boxes])
     for a,b in far:                                                        # around the boxes between
