@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.registry import HOOKS
+from ..core.structures import Batch, GroundTruth
 from ..detectors.single_stage import parse_losses
 from .checkpoints import capture_rng, restore_rng
 from .hooks import Hook, OptimizerHook
@@ -82,11 +83,11 @@ class GradientCumulativeOptimizerHook(Hook):
     ):
         if cumulative_iters < 1: raise ValueError(f'cumulative_iters={cumulative_iters}: it must be at least 1.')
         self.n,self.whole,self.inner = cumulative_iters,whole_batch,self.inner_class(**kwargs)
-        self.held,self.pieces = [],Pieces()
+        self.held,self.pieces,self.model,self.open = [],Pieces(),None,False
 
     def before_run(self, runner):
         "Batch norm sees pieces, whatever is done here."
-        self.inner.before_run(runner)
+        self.inner.before_run(runner); self.model = runner.model
         if self.n > 1 and any(isinstance(m, _BatchNorm) and m.training for m in runner.model.modules()):
             warnings.warn('GradientCumulativeOptimizerHook: batch norm in training mode computes its statistics on each '
                           'piece, so the step is not that of one large batch. Use norm_eval=True, or GN.')
@@ -106,6 +107,7 @@ class GradientCumulativeOptimizerHook(Hook):
         if self.whole and self.n > 1: self.keep_piece(runner, last, 1/length)
         else: self.inner.backward(runner, runner.outputs['loss']/length)
         if last: self.inner.update(runner)
+        self.open = not last
 
     def keep_piece(self,
         runner,      # after a forward pass
@@ -122,9 +124,17 @@ class GradientCumulativeOptimizerHook(Hook):
         if last: self.held,self.pieces = [],Pieces()
 
     def state_dict(self):
-        "That of the inner hook."
-        return self.inner.state_dict()
+        "That of the inner hook, and the pieces of an unfinished batch."
+        inner = self.inner.state_dict()
+        if not self.open: return dict(inner=inner) if inner else {}
+        held = [dict(images=b.images, gt=vars(b.gt), metas=b.metas, rng=rng) for b,rng in self.held]
+        return dict(inner=inner, grads=[p.grad for p in self.model.parameters()], held=held, rows=self.pieces.rows)
 
     def load_state_dict(self, state, runner):
-        "For the inner hook."
-        self.inner.load_state_dict(state, runner)
+        "Go on in the middle of a batch, if need be."
+        if state.get('inner'): self.inner.load_state_dict(state['inner'], runner)
+        if 'held' not in state: return
+        device = next(runner.model.parameters()).device
+        batch = lambda s: Batch(s['images'], GroundTruth(**s['gt']), s['metas']).to(device)
+        self.held,self.pieces.rows,self.open = [(batch(s), s['rng']) for s in state['held']],list(state['rows']),True
+        for p,g in zip(runner.model.parameters(), state['grads']): p.grad = None if g is None else g.to(device)

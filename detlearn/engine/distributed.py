@@ -66,7 +66,7 @@ def launch(
     "Run your own code in several processes of this machine, as `torchrun` would; who fails is shown."
     import multiprocessing as mp
     child = importlib.import_module('detlearn.engine.distributed').run_child   # processes know no notebook
-    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['detlearn.engine.distributed'])
+    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['detlearn.engine.distributed', 'torch._dynamo'])
     env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE=str(n))
     with tempfile.TemporaryDirectory() as d:
         files = [Path(d)/str(i) for i in range(n)]

@@ -1,0 +1,247 @@
+"""The engine in many processes, and under deaths at random moments: real processes, real signals, real disks.
+
+Where a test needs rights that this machine does not give (mounting a small disk, network namespaces), it is skipped and says why.
+"""
+import os, random, shutil, signal, statistics, subprocess, sys, time, warnings
+from pathlib import Path
+import pytest, torch
+from torch import nn
+from detlearn.engine.accumulation import GradientCumulativeOptimizerHook
+from detlearn.engine.checkpoints import find_latest, read_file
+from detlearn.engine.distributed import free_port, launch, run_child
+from detlearn.engine.ema import EMAHook
+from detlearn.engine.hooks import Hook
+from detlearn.engine.loggers import read_log
+from detlearn.engine.loop import ShapeLoader, ToyNet, fit, toy_loader
+from detlearn.engine.runner import EpochBasedRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+LR = dict(policy='step', step=[3], warmup='linear', warmup_iters=6, warmup_ratio=.1)
+
+
+class Heavy(ToyNet):
+    "A toy whose checkpoint is large enough for a kill to hit the writing of it."
+    def __init__(self, seed=0): super().__init__(seed); self.register_buffer('ballast', torch.zeros(500_000))
+
+
+def make(folder, epochs=5, net=None, interval=1):
+    net = net or Heavy()
+    run = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder, dict(CLASSES=('cat', 'dog')), epochs, logger=lambda text: None)
+    run.register_training_hooks(LR, GradientCumulativeOptimizerHook(2, grad_clip=dict(max_norm=1.)), dict(interval=interval, by_epoch=False, max_keep_ckpts=3))
+    run.register_hook(EMAHook(.2, warm_up=1))
+    return run
+
+
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+# ---- resume is exact: AdamW, averaged weights, accumulation
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    run = make(tmp_path_factory.mktemp('straight')); torch.manual_seed(1); run.run(toy_loader())
+    return run
+
+
+@pytest.mark.parametrize('k', [1, 6, 11, 19])
+def test_n_steps_are_k_and_n_minus_k(tmp_path, k, straight):
+    first = make(tmp_path); torch.manual_seed(1)
+    class Stop(Hook):
+        priority = 'LOWEST'
+        def before_train_iter(self, runner):
+            if runner.iter+1 == k: os.kill(os.getpid(), signal.SIGINT)
+    first.register_hook(Stop())
+    with pytest.raises(KeyboardInterrupt): first.run(toy_loader())
+    second = make(tmp_path, net=Heavy(9)); torch.manual_seed(77); second.resume(tmp_path/'interrupted.pth'); second.run(toy_loader())
+    assert second.iter == 20 and same(second.model, straight.model)
+
+
+LIFE = '''
+import sys; sys.path.insert(0, sys.argv[2])
+import torch, time, test_engine_processes as t
+from detlearn.engine.hooks import Hook
+class Begun(Hook):
+    priority = 'HIGHEST'
+    def before_train_iter(self, runner): open(sys.argv[1] + '/begun', 'a').write('x')
+run = t.make(sys.argv[1]); run.register_hook(Begun()); torch.manual_seed(1); run.resume('auto')
+run.run(t.toy_loader())
+'''
+
+
+def test_twenty_kills_at_random_moments(tmp_path, straight):
+    "Each life is killed after a random time, in a step or while a checkpoint is written; the next goes on from the newest whole file."
+    import multiprocessing as mp
+    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['detlearn.engine.distributed', 'detlearn.engine.accumulation', 'detlearn.engine.ema', 'detlearn.engine.loggers', 'pytest', 'torch._dynamo'])
+    torn, kills, rng = 0, 0, random.Random(0)
+    while kills < 20:
+        (tmp_path/'begun').unlink(missing_ok=True)
+        p = ctx.Process(target=run_child, args=(LIFE, [str(tmp_path), str(Path(__file__).parent)], {}, str(tmp_path/'out')), daemon=True); p.start()
+        while not (tmp_path/'begun').exists() and p.is_alive(): time.sleep(.001)
+        time.sleep(rng.uniform(0, .02))
+        if p.is_alive(): p.kill(); kills += 1
+        p.join()
+        assert p.exitcode in (-9, 0), (tmp_path/'out').read_text()
+        torn += any(f.name.endswith('.tmp') for f in tmp_path.iterdir())
+        with warnings.catch_warnings():
+            warnings.simplefilter('error'); newest = find_latest(tmp_path)         # no file is damaged: cut ones never get a name
+        if p.exitcode == 0 or (newest and read_file(newest)['meta']['iter'] == 20):
+            if kills < 20: [f.unlink() for f in tmp_path.glob('*.pth')]                # finished too early: begin anew, the deaths go on
+    run = make(tmp_path, net=Heavy(3)); torch.manual_seed(1); run.resume('auto'); run.run(toy_loader())
+    assert run.iter == 20 and same(run.model, straight.model)
+    assert torn, 'no kill hit the writing of a checkpoint'
+    print(f'{torn} of {kills} kills came while a checkpoint was written')
+
+
+def test_a_cut_checkpoint_is_named_and_passed_over(tmp_path):
+    run = make(tmp_path, 1); torch.manual_seed(1); run.run(toy_loader())
+    data = (tmp_path/'iter_4.pth').read_bytes(); (tmp_path/'iter_4.pth').write_bytes(data[:len(data)//2])
+    with pytest.warns(UserWarning, match='iter_4.pth is passed over'): assert find_latest(tmp_path).name == 'iter_3.pth'
+    with pytest.warns(UserWarning, match='iter_4.pth is passed over'): run.resume('auto')
+    assert run.iter == 3
+
+
+def test_a_full_disk(tmp_path, straight):
+    "A disk of two megabytes: the message says so, the last file is whole, and the run goes on elsewhere."
+    disk = tmp_path/'disk'; disk.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=10m', 'tmpfs', str(disk)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f'no right to mount a small disk: {done.stderr.strip()}')
+    try:
+        run = make(disk); torch.manual_seed(1)
+        run.hooks[[type(h).__name__ for h in run.hooks].index('CheckpointHook')].keep = -1
+        with pytest.raises(OSError, match='the disk is full') as e: run.run(toy_loader())
+        assert 'The last whole checkpoint is' in str(e.value) and 'go on elsewhere' in str(e.value)
+        with warnings.catch_warnings(): warnings.simplefilter('error'); last = find_latest(disk)
+        assert last is not None and not [f for f in disk.iterdir() if f.name.endswith('.tmp')]
+        on = make(tmp_path/'elsewhere', net=Heavy(4)); torch.manual_seed(5); on.resume(last); on.run(toy_loader())
+        assert same(on.model, straight.model)
+    finally: subprocess.run(['umount', '-l', str(disk)])
+
+
+# ---- many processes
+
+TRAIN = '''
+import os, signal, sys, torch
+from pathlib import Path
+from detlearn.core.structures import Batch, GroundTruth
+from detlearn.engine.distributed import init_dist, build_ddp
+from detlearn.engine.hooks import Hook
+from detlearn.engine.loop import ToyNet, ToyPhotos
+from detlearn.engine.runner import EpochBasedRunner
+from detlearn.losses.reduce import reduce_mean
+folder,total,die = sys.argv[1],int(sys.argv[2]),sys.argv[3]
+torch.set_num_threads(1)
+rank,world = init_dist('pytorch' if 'RANK' in os.environ else 'none')
+class Counted(ToyNet):
+    "Losses over objects, divided by their number in all processes; an image may have none."
+    def forward(self, images, gt):
+        miss = (self.b(self.a(images.mean((-2, -1))).tanh())[:, None] - gt.boxes[..., :2]).square()*gt.valid[..., None]
+        n = reduce_mean(gt.valid.sum().float()).clamp(min=1)
+        return dict(loss_cls=miss[..., 0].sum()/n, loss_bbox=miss[..., 1].sum()/n)
+photos,n = ToyPhotos(15, noise=0),15
+objects = [torch.arange(3) < (i*7 % 4) for i in range(n)]                       # none, three, two, one, none, ...
+items = [(photos.x[i], photos.y[i].expand(3, 4) + torch.arange(3)[:, None]/9, objects[i]) for i in range(n)]
+for i in (1, 3): items[i] = (items[i][0], items[i][1], torch.zeros(3).bool())    # with two processes, one begins with nothing but empty images
+mine,size = items[rank::world],total//world
+batches = [Batch(torch.stack([a for a,_,_ in c]), GroundTruth(torch.stack([b for _,b,_ in c]), valid=torch.stack([v for _,_,v in c]))) for c in (mine[i:i+size] for i in range(0, len(mine), size))]
+class Die(Hook):
+    priority = 'HIGHEST'
+    def before_train_iter(self, runner):
+        mark = Path(folder)/'died'
+        if die == 'die' and rank == 1 and runner.iter == 10 and not mark.exists(): mark.write_text(''); os.kill(os.getpid(), signal.SIGKILL)
+torch.manual_seed(0); net = build_ddp(Counted(dropout=0))
+run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .1, momentum=.9), folder, dict(seed=0), 7, logger=lambda text: None)
+run.register_training_hooks(dict(policy='step', step=[5], warmup='linear', warmup_iters=5), dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False, max_keep_ckpts=2), dict(interval=1, hooks=[dict(type='TextLoggerHook')]))
+run.register_hook(Die()); run.resume('auto'); run.run(batches)
+'''
+
+
+def outcome(folder):
+    logs = [read_log(p) for p in sorted(Path(folder).glob('*.log.json'), key=lambda p: p.stat().st_mtime)]
+    losses = [r['loss'] for log in logs for r in log if r.get('mode') == 'train']
+    return losses, torch.load(Path(folder)/'iter_21.pth', weights_only=True)['state_dict']
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('one')
+    subprocess.run([sys.executable, '-c', TRAIN, str(folder), '6', 'live'], check=True, env={k: v for k, v in os.environ.items() if k != 'RANK'})
+    return outcome(folder)
+
+
+def close(a, b):
+    assert len(a[0]) == len(b[0]) == 21                                            # 7 epochs of batches of 6, 6, 3
+    assert max(abs(x-y) for x, y in zip(a[0], b[0])) < 2e-6
+    assert max((x-y).abs().max().item() for x, y in zip(a[1].values(), b[1].values())) < 1e-5
+
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_processes_are_one(tmp_path, n, one):
+    launch(n, TRAIN, tmp_path, 6, 'live', timeout=100)
+    close(outcome(tmp_path), one)
+
+
+def test_torchrun_restarts_a_killed_process(tmp_path, one):
+    script = tmp_path/'train.py'; script.write_text(TRAIN); folder = tmp_path/'run'; folder.mkdir()
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--max-restarts', '2', '--monitor-interval', '0.1',
+               '--master-port', str(free_port()), str(script), str(folder), '6', 'die']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder/'died').exists()
+    assert max((x-y).abs().max().item() for x, y in zip(outcome(folder)[1].values(), one[1].values())) < 1e-5
+
+
+def test_two_hosts_in_namespaces(tmp_path, one):
+    "Two network namespaces of this test's own, joined by a cable: two machines as far as gloo can tell."
+    tag = f'dl{os.getpid() % 10000}'; a, b = f'{tag}a', f'{tag}b'
+    ip = lambda *args: subprocess.run(['ip', *args], capture_output=True, text=True)
+    if shutil.which('ip') is None: pytest.skip('no ip command: two hosts can not be made')
+    made = ip('netns', 'add', a)
+    if made.returncode: pytest.skip(f'no right to make network namespaces: {made.stderr.strip()}')
+    try:
+        ip('netns', 'add', b); cable = ip('link', 'add', f'{tag}x', 'type', 'veth', 'peer', 'name', f'{tag}y')
+        if cable.returncode: pytest.skip(f'no right to join network namespaces: {cable.stderr.strip()}')
+        for end, host, address in ((f'{tag}x', a, '10.213.7.1/24'), (f'{tag}y', b, '10.213.7.2/24')):
+            ip('link', 'set', end, 'netns', host); ip('-n', host, 'addr', 'add', address, 'dev', end)
+            ip('-n', host, 'link', 'set', end, 'up'); ip('-n', host, 'link', 'set', 'lo', 'up')
+        common = dict(os.environ, MASTER_ADDR='10.213.7.1', MASTER_PORT='29513', WORLD_SIZE='2', LOCAL_RANK='0', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
+        hosts = [subprocess.Popen(['ip', 'netns', 'exec', h, sys.executable, '-c', TRAIN, str(tmp_path), '6', 'live'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  env=dict(common, RANK=str(r), GLOO_SOCKET_IFNAME=e)) for r, (h, e) in enumerate(((a, f'{tag}x'), (b, f'{tag}y')))]
+        try: said = [p.communicate(timeout=100)[0] for p in hosts]
+        finally: [p.kill() for p in hosts]
+        assert [p.returncode for p in hosts] == [0, 0], said
+        close(outcome(tmp_path), one)
+    finally:
+        for h in (a, b): ip('netns', 'del', h)
+
+
+# ---- what the engine costs
+
+def test_the_engine_costs_at_most_five_percent():
+    "Paired: the loop by hand and the whole engine take turns on a detector of toy shapes; CPU seconds of this process."
+    from detlearn.core.shapes import ToyShapes
+    from detlearn.detectors.build import build_detector
+    cfg = dict(type='RetinaNet', backbone=dict(type='ResNet', depth=18, base_channels=16, norm_eval=False, num_stages=4, out_indices=(1, 2, 3)), neck=dict(type='FPN', in_channels=[32, 64, 128], out_channels=32, num_outs=3),
+               bbox_head=dict(type='RetinaHead', num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1, anchor_generator=dict(type='AnchorGenerator', strides=[8, 16, 32], ratios=[1.], octave_base_scale=2, scales_per_octave=2),
+                              loss_cls=dict(type='FocalLoss'), loss_bbox=dict(type='L1Loss')))
+    loader = ShapeLoader(ToyShapes(16, 96, sizes=(16, 40)), 8); torch.set_num_threads(1)
+    class Clock(Hook):
+        priority = 'HIGHEST'
+        def __init__(self): self.t = []
+        def before_train_iter(self, runner): self.t.append(time.process_time())
+    def by_hand(n=4):
+        torch.manual_seed(0); net, t = build_detector(cfg), []
+        fit(net, loader, torch.optim.SGD(net.parameters(), .01), n, lambda s, k: .01, 35., lambda *a: t.append(time.process_time())); return t
+    def engine(n=4):
+        torch.manual_seed(0); net = build_detector(cfg); run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .01), None, dict(CLASSES=('a', 'b', 'c')), n, logger=lambda text: None)
+        run.register_training_hooks(LR, dict(grad_clip=dict(max_norm=35.)), dict(interval=-1, save_last=False), dict(interval=50, hooks=[dict(type='TextLoggerHook')]),
+                                    custom_hooks_config=[dict(type='CheckInvalidLossHook'), clock := Clock()])
+        run.run([loader]); return clock.t
+    gaps = lambda t: [b-a for a, b in zip(t[2:], t[3:])]
+    ratios = []
+    for _ in range(4):
+        hand, full = [], []
+        for _ in range(2): hand += gaps(by_hand()); full += gaps(engine())
+        ratios.append(min(full)/min(hand))
+        if min(ratios) <= 1.05: break
+    print('engine / loop, CPU seconds a step:', [round(r, 3) for r in ratios])
+    assert min(ratios) <= 1.05
