@@ -139,7 +139,7 @@ def shortlist(
         cost,place = cost.topk(n, -1, largest=False)
         ious.append(iou.topk(n, -1).values); costs.append(cost); numbers.append(place + part.start)
     iou,cost,number = torch.cat(ious, -1),torch.cat(costs, -1),torch.cat(numbers, -1)
-    place = cost.argsort(-1, stable=True)[..., :topk]                 # ties stay in order
+    place = cost.argsort(dim=-1, stable=True)[..., :topk]                 # ties stay in order
     return number.gather(-1, place),dynamic_k(iou, topk),cost.gather(-1, place)
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #4a80e84f

@@ -89,7 +89,7 @@ class TaskAlignedAssigner:
             metric,place = metric.topk(min(self.topk, metric.shape[-1]), -1)
             found.append((place + part.start, metric, iou.gather(-1, place)))
         number,metric,iou = [torch.cat(f, -1) for f in zip(*found)]
-        place = metric.argsort(-1, descending=True, stable=True)[..., :self.topk]
+        place = metric.argsort(dim=-1, descending=True, stable=True)[..., :self.topk]
         return tuple(t.gather(-1, place) for t in (number, metric, iou))
 
     def explain(self,

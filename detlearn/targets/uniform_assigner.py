@@ -31,7 +31,7 @@ def nearest(
         far,place = far.topk(min(number, far.shape[-1]), -1, largest=False)
         found.append((far, place + part.start))
     far,place = [torch.cat(f, -1) for f in zip(*found)]
-    return place.gather(-1, far.argsort(-1, stable=True)[..., :number])  # ties stay in order
+    return place.gather(-1, far.argsort(dim=-1, stable=True)[..., :number])  # ties stay in order
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #68061127
 def in_turn(
