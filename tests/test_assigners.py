@@ -164,3 +164,27 @@ def test_stays_on_its_device(cls, kw):
 
 def test_all_are_here():
     assert 'MaxIoUAssigner' in BBOX_ASSIGNERS and ALL
+
+
+MEMORY = '''
+import resource, sys, torch
+from detlearn.core.structures import GroundTruth, Priors
+from detlearn.core.shapes import random_boxes
+from detlearn.targets.max_iou_assigner import MaxIoUAssigner
+torch.set_num_threads(1)
+use = lambda priors, gt: MaxIoUAssigner(.5, .4, .1).assign(Priors(priors), GroundTruth(gt))
+priors, objects = random_boxes(200_000, 1000, seed=1), random_boxes(500, 1000, seed=2)
+use(priors[:1000], objects)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+codes = use(priors, objects).gt_inds
+print((peak() - before)//1024, (codes > 0).sum().item())
+'''
+
+
+def test_a_hundred_million_pairs_in_little_memory():
+    "200,000 priors and 500 objects: the table alone would take 400 MB."
+    import subprocess, sys
+    out = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    assert int(out[0]) < 200, f'{out[0]} MB'
+    assert int(out[1]) > 500

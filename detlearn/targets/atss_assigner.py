@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_centers
-from .max_iou_assigner import BaseAssigner, crowd_share, pack
+from .max_iou_assigner import BaseAssigner, columns, crowd_share, pack
 
 # %% ../../nbs/06_targets/04_atss_assigner.ipynb #697c1520
 def prior_points(
@@ -27,9 +27,12 @@ def centre_distance(
 )->Tensor:      # `(..., G, P)`
     "How far each point lies from each centre."
     (px,py),(cx,cy) = points.mT.contiguous()[..., None, :, :].unbind(-2),centres[..., None].unbind(-2)
-    dx,dy = px - cx,py - cy                                                 # (..., G, P)
-    if sides is not None: dx,dy = dx.div_(sides[..., :1]),dy.div_(sides[..., 1:])
-    return dx.square_().add_(dy.square_()).sqrt_()
+    out = []
+    for part in columns(points, centres.shape[-2]):
+        dx,dy = px[..., part] - cx,py[..., part] - cy                       # (..., G, p)
+        if sides is not None: dx,dy = dx.div_(sides[..., :1]),dy.div_(sides[..., 1:])
+        out.append(dx.square_().add_(dy.square_()).sqrt_())
+    return torch.cat(out, -1)
 
 # %% ../../nbs/06_targets/04_atss_assigner.ipynb #d2d03239
 def nearest_per_level(

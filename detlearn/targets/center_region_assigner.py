@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_area, box_centers
-from .max_iou_assigner import BaseAssigner, pack
+from .max_iou_assigner import BaseAssigner, columns, pack
 
 # %% ../../nbs/06_targets/07_center_region_assigner.ipynb #4910d75f
 def scale_boxes(
@@ -29,7 +29,7 @@ def centres_inside(
 )->Tensor:  # `(..., G, P)` bool; False on the edge itself
     "Which priors have their centre in which box."
     (x,y),(x1,y1,x2,y2) = box_centers(priors).mT.contiguous()[..., None, :, :].unbind(-2),boxes[..., None].unbind(-2)
-    return (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    return torch.minimum(torch.minimum(x-x1, x2-x), torch.minimum(y-y1, y2-y)) > 0
 
 # %% ../../nbs/06_targets/07_center_region_assigner.ipynb #3fc17af6
 def smaller_first(
@@ -37,7 +37,7 @@ def smaller_first(
     core, # `(..., G, P)` bool
 )->Tensor: # `(..., P)` int64 code, 0 without a core
     "The smallest object whose core holds the prior."
-    rank = area.sort(dim=-1, descending=True, stable=True)[1].argsort(-1)          # the smallest has the highest
+    rank = area.sort(dim=-1, descending=True, stable=True)[1].argsort(-1).to(area.dtype) # the smallest has the highest
     bids = F.pad(torch.where(core, rank[..., None], -1), (0, 0, 1, 0), value=-1)   # row 0: nobody
     best,owner = bids.max(-2)
     return torch.where(best < 0, 0, owner)
@@ -73,29 +73,37 @@ class CenterRegionAssigner(BaseAssigner):
         self.iou_calculator = iou_calculator or box_iou
 
     def lies_in(self,
-        priors, # `Priors`
-        boxes,  # `(..., G, 4)`
-        scale,  # of the boxes
-    )->Tensor:  # `(..., G, P)` bool
-        "Which priors lie in which scaled boxes, by the share of the prior."
-        return self.iou_calculator(priors.boxes, scale_boxes(boxes, scale), mode='iof').mT > self.min_pos_iof
+        boxes,   # `(..., p, 4)` of some priors
+        objects, # `(..., G, 4)`
+        scale,   # of the objects
+    )->Tensor:   # `(..., G, p)` bool
+        "Which priors lie in which scaled objects, by the share of the prior."
+        return self.iou_calculator(boxes, scale_boxes(objects, scale), mode='iof').mT.contiguous() > self.min_pos_iof
+
+    def regions(self,
+        boxes, # `(..., p, 4)` of some priors
+        gt,    # `GroundTruth`
+    )->tuple:  # codes `(..., p)`; shadow, outranked `(..., G, p)` bool; hidden by a crowd `(..., p)` bool
+        "Cores, the smallest first; shadows; crowds."
+        core = centres_inside(boxes, gt.boxes) & self.lies_in(boxes, gt.boxes, self.pos_scale) & gt.real[..., None]
+        shadow = self.lies_in(boxes, gt.boxes, self.neg_scale) & ~core & gt.real[..., None]
+        codes = smaller_first(box_area(gt.boxes), core)
+        outranked = core & (torch.arange(1, core.shape[-2]+1, device=codes.device)[:, None] != codes[..., None, :])
+        crowd = centres_inside(boxes, scale_boxes(gt.boxes, self.ignore_gt_scale)) & (gt.valid & gt.ignore)[..., None]
+        hidden = crowd.any(-2)
+        codes = codes.masked_fill(hidden, IGNORE)
+        if gt.labels is not None:
+            codes,(shadow,outranked) = settle_same_class(codes, [shadow, outranked], gt.labels, self.foreground_dominate)
+        return codes,shadow,outranked,hidden
 
     def assign(self,
         priors,      # `Priors`, boxes `(P, 4)` or `(..., P, 4)` xyxy
         gt,          # `GroundTruth`, boxes `(..., G, 4)`
         preds=None,  # not used
     )->AssignResult: # `max_overlaps` None; `extras`: `shadow` and `outranked` `(..., G, P)`
-        "Cores, smallest first; shadows; crowds."
-        core = centres_inside(priors.boxes, gt.boxes) & self.lies_in(priors, gt.boxes, self.pos_scale) & gt.real[..., None]
-        shadow = self.lies_in(priors, gt.boxes, self.neg_scale) & ~core & gt.real[..., None]
-        codes = smaller_first(box_area(gt.boxes), core)
-        order = torch.arange(1, core.shape[-2]+1, device=codes.device)[:, None]
-        outranked = core & (order != codes[..., None, :])
-        crowd = centres_inside(priors.boxes, scale_boxes(gt.boxes, self.ignore_gt_scale)) & (gt.valid & gt.ignore)[..., None]
-        codes = codes.masked_fill(crowd.any(-2), IGNORE)
-        if gt.labels is not None:
-            codes,(shadow,outranked) = settle_same_class(codes, [shadow, outranked], gt.labels, self.foreground_dominate)
-        hidden = ~crowd.any(-2) if priors.valid is None else priors.valid & ~crowd.any(-2)
-        res = pack(codes, None, gt, hidden)
+        "The regions, some priors at a time."
+        parts = [self.regions(priors.boxes[..., p, :], gt) for p in columns(priors.boxes, gt.boxes.shape[-2])]
+        codes,shadow,outranked,hidden = [torch.cat(x, -1) for x in zip(*parts)]
+        res = pack(codes, None, gt, ~hidden if priors.valid is None else priors.valid & ~hidden)
         res.extras = dict(shadow=shadow, outranked=outranked)
         return res

@@ -28,7 +28,7 @@ def inside_boxes(
 )->Tensor:  # `(..., G, P)` bool; False on the edge itself
     "Which points lie in which boxes."
     (x,y),(x1,y1,x2,y2) = points.mT.contiguous()[..., None, :, :].unbind(-2),corners(boxes)
-    return (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    return torch.minimum(torch.minimum(x-x1, x2-x), torch.minimum(y-y1, y2-y)) > 0
 
 def farthest_side(
     points, # `(..., P, 2)` x, y

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_centers
-from .max_iou_assigner import BaseAssigner, with_nobody, claims, columns, pack
+from .max_iou_assigner import BaseAssigner, with_nobody, best_object, claims, columns, pack
 from .atss_assigner import prior_points
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #afa698b1
@@ -59,7 +59,7 @@ class GridAssigner(BaseAssigner):
         best = table.amax(-2)
         codes = torch.where((best > self.neg_range[0]) & (best <= self.neg_range[1]), BACKGROUND, IGNORE)
         table = torch.minimum(table, torch.where(responsible[..., None, :], torch.inf, -1.))
-        best,owner = table.max(-2)
+        best,owner = best_object(table)
         return torch.where((best > self.pos_iou_thr) & responsible, owner, codes),best,table
 
     def assign(self,
