@@ -9,7 +9,7 @@ __all__ = ['prior_points', 'centre_distance', 'nearest_per_level', 'take_priors'
 import torch
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
-from ..core.structures import AssignResult, IGNORE, BACKGROUND
+from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, box_centers
 from .max_iou_assigner import BaseAssigner, columns, crowd_share, pack
 

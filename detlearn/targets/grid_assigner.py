@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_centers
-from .max_iou_assigner import BaseAssigner, with_nobody, best_object, claims, columns, pack
+from .max_iou_assigner import BaseAssigner, with_nobody, best_object, best_prior, claims, columns, pack
 from .atss_assigner import prior_points
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #afa698b1
@@ -72,10 +72,12 @@ class GridAssigner(BaseAssigner):
         if responsible is None: responsible = responsible_priors(priors, gt)
         if priors.valid is not None: responsible = responsible & priors.valid
         parts = columns(priors.boxes, gt.boxes.shape[-2])
-        codes,best,table = zip(*[self.assign_part(self.iou_calculator(gt.boxes, priors.boxes[..., p, :]), responsible[..., p], gt.real)
-                                 for p in parts])
-        codes,best,table = [torch.cat(x, -1) for x in (codes, best, table)]
-        top = table.amax(-1, keepdim=True) if table.shape[-1] else table.new_full((*table.shape[:-1], 1), -1)
-        table = torch.where(top > self.min_pos_iou, table, -1)
-        claimed = claims(table, 0., self.gt_max_assign_all)
+        ties,top,done = self.gt_max_assign_all,None,[]
+        for p in parts:
+            overlaps = self.iou_calculator(gt.boxes, priors.boxes[..., p, :])
+            done.append(self.assign_part(overlaps, responsible[..., p], gt.real))
+            top = best_prior(done[-1][2], not ties, p.start, top)
+        top = torch.where(top[0] > self.min_pos_iou, top[0], -1),top[1]             # strictly above, or no claim
+        claimed = torch.cat([claims(t, 0., ties, top, p.start) for p,(_,_,t) in zip(parts, done)], -1)
+        codes,best = [torch.cat(x, -1) for x in list(zip(*done))[:2]]
         return pack(torch.where(claimed > 0, claimed, codes), best, gt, priors.valid)
