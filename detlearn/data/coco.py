@@ -9,7 +9,7 @@ __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'ch
            'run_steps', 'check_settings', 'CocoDataset', 'as_coco', 'write_coco', 'first_usable']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
-import colorsys, difflib, json, math, os, posixpath, warnings
+import colorsys, difflib, json, os, posixpath, warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
