@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
 from detlearn.core.registry import BACKBONES, NECKS
 from detlearn.backbones.resnet import ResNet
+from detlearn.layers.fuse import fuse_conv_bn
 from counting import count
 from test_golden_models import CASES, calm, live, picture, settings
 
@@ -128,6 +129,19 @@ def test_any_size_and_half_precision(make, shapes, image, request):
     assert all(o.isfinite().all() for o in outs)
     sum(o.float().pow(2).mean() for o in outs).backward()
     assert all(t.grad is None or t.grad.isfinite().all() for t in ([odd] if image else odd))
+
+
+@each
+@torch.no_grad()
+def test_norms_fold_away(make, shapes, image):
+    net, x = build(make), inputs(shapes, image)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.7, 1.5)
+    fused = fuse_conv_bn(net, x)
+    left = lambda n: sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules())
+    standardised = any(type(m).__name__ == 'ConvAWS' for m in net.modules())   # its stored weights are not what it uses
+    assert left(fused) < left(net) or left(net) == 0 or standardised
+    same(fused(x), net(x), 1e-3)
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101])
