@@ -90,6 +90,13 @@ def test_sigint_saves_and_says_how_to_resume(tmp_path, straight):
     assert same(go_on(tmp_path, tmp_path/'interrupted.pth').model, straight.model)
 
 
+def test_sigterm_saves_and_ends_well(tmp_path, straight):
+    rc, out = child(tmp_path, 9, signal.SIGTERM)
+    assert rc == 0, out
+    assert 'SIGTERM: finishing this iteration' in out and 'Interrupted at iteration 9' in out and 'resume with:' in out
+    assert same(go_on(tmp_path, tmp_path/'interrupted.pth').model, straight.model)
+
+
 def test_sigkill_in_mid_epoch(tmp_path, straight):
     rc, out = child(tmp_path, 7, signal.SIGKILL, interval=3)
     assert rc == -signal.SIGKILL and 'Interrupted' not in out
