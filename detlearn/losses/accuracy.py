@@ -21,8 +21,10 @@ def accuracy(
     "How often the right class is among the `k` highest scores."
     ks = (topk,) if isinstance(topk, int) else tuple(topk)
     if target.shape != pred.shape[:-1]:
-        raise ValueError(f'classes of shape {tuple(target.shape)} do not fit scores of shape {tuple(pred.shape)}')
-    if max(ks) > pred.shape[-1]: raise ValueError(f'topk={max(ks)} is more than the {pred.shape[-1]} classes')
+        raise ValueError(f'classes of shape {tuple(target.shape)} do not fit scores of shape '
+                         f'{tuple(pred.shape)}')
+    if max(ks) > pred.shape[-1]:
+        raise ValueError(f'topk={max(ks)} is more than the {pred.shape[-1]} classes')
     if not target.numel(): found = [pred.new_zeros(()) for _ in ks]
     else: found = found_within(pred.detach().flatten(0, -2), target.flatten(), ks, thresh, weight)
     return found[0] if isinstance(topk, int) else found
@@ -35,7 +37,8 @@ def found_within(
     weight,        # `(N,)` or None
 )->list:           # percent `(1,)` for each `k`
     "Share of the rows whose class is among the first `k`."
-    used = torch.ones_like(target, dtype=torch.float32) if weight is None else (weight.flatten() > 0).float()
+    used = torch.ones_like(target) if weight is None else weight.flatten() > 0
+    used = used.float()
     score,place = only_used(pred, used[:, None]).topk(max(ks), -1)
     hit = place == target[:, None]
     if thresh is not None: hit = hit & (score > thresh)

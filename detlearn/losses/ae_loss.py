@@ -14,7 +14,7 @@ from .reduce import at_least_float32
 
 # %% ../../nbs/07_losses/15_ae_loss.ipynb #88ed5726
 def pad_matches(
-    match,      # list of images, each a list of `[[y, x], [y, x]]`; or a tensor `(B, G, 2, 2)`, given back as it is
+    match,      # lists of `[[y, x], [y, x]]`, one an image; a tensor `(B, G, 2, 2)` stays as it is
     device=None,# where the tensor will be
 )->Tensor:      # `(B, G, 2, 2)` int64, -1 for padding
     "Nested lists as one tensor."
@@ -38,14 +38,18 @@ def ae_loss_per_image(
     br_preds:Tensor, # `(B, E, H, W)` tags of bottom-right corners
     match,           # `(B, G, 2, 2)`, or nested lists
 )->tuple:            # pull and push, each `(B,)`
-    "How far the two corners of an object are apart, and how near different objects (Newell et al., 2017)."
-    if tl_preds.shape[1] > 1: warnings.warn('more than one channel of tags: each counts as an object of its own, as in the zoo')
+    "How far an object's two tags are apart, and how near those of others (Newell et al., 2017)."
+    if tl_preds.shape[1] > 1:
+        warnings.warn('more than one channel of tags: each counts as an object of its own, as in the '
+                      'zoo')
     match = pad_matches(match, tl_preds.device)
     used = (match[:, :, 0, 0] >= 0).repeat_interleave(tl_preds.shape[1], 1)             # (B, n)
-    first,last = (at_least_float32(tags_at(t, match[:, :, i])).masked_fill(~used, 0) for i,t in enumerate((tl_preds, br_preds)))
+    tags = tags_at(tl_preds, match[:, :, 0]),tags_at(br_preds, match[:, :, 1])
+    first,last = (at_least_float32(t).masked_fill(~used, 0) for t in tags)
     centre,n = (first+last)/2,used.sum(1)
     pull = ((first-centre)**2 + (last-centre)**2).sum(1)/n.clamp(min=1)
-    pair = used[:, :, None] & used[:, None] & ~torch.eye(used.shape[1], dtype=torch.bool, device=used.device)
+    pair = used[:, :, None] & used[:, None] & ~torch.eye(used.shape[1], dtype=torch.bool,
+                                                         device=used.device)
     near = (1 - (centre[:, :, None]-centre[:, None]).abs()).clamp(min=0)
     return pull,(near*pair).sum((1, 2))/(n*(n-1)).clamp(min=1)
 

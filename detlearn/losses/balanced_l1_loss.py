@@ -23,7 +23,8 @@ def balanced_l1_loss(
     gamma:float=1.5, # pull of an outlier
 )->Tensor:           # the same shape
     "A logarithmic pull within `beta`, a constant one outside (Pang et al., 2019)."
-    if min(alpha, beta, gamma) <= 0: raise ValueError(f'balanced_l1_loss: alpha={alpha}, beta={beta}, gamma={gamma} must be positive')
+    if min(alpha, beta, gamma) <= 0:
+        raise ValueError(f'balanced_l1_loss: alpha={alpha}, beta={beta}, gamma={gamma} must be positive')
     d,b = distances(pred, target),math.e**(gamma/alpha) - 1
     inner = alpha/b*(b*d+1)*(b*d/beta+1).log() - alpha*d
     return torch.where(d < beta, inner, gamma*d + gamma/b - alpha*beta)

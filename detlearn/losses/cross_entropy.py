@@ -39,7 +39,8 @@ def check_shapes(
     fits = label.shape == pred.shape[:-1] or per_class and label.shape == pred.shape
     if fits: return
     wanted = f'{tuple(pred.shape[:-1])}' + (f' or {tuple(pred.shape)}' if per_class else '')
-    raise ValueError(f'labels of shape {tuple(label.shape)} do not fit scores of shape {tuple(pred.shape)}: expected '
+    raise ValueError(f'labels of shape {tuple(label.shape)} do not fit scores of shape '
+                     f'{tuple(pred.shape)}: expected '
                      f'{wanted}. Classes stand last; for maps (B, C, H, W) pass pred.movedim(1, -1).')
 
 # %% ../../nbs/07_losses/01_cross_entropy.ipynb #e5704c14
@@ -56,12 +57,14 @@ def cross_entropy(
     "Softmax: exactly one class is right."
     check_shapes(pred, label)
     ignore_index = -100 if ignore_index is None else ignore_index
-    if avg_non_ignore and avg_factor is None and reduction == 'mean': avg_factor = count_used(label != ignore_index)
+    if avg_non_ignore and avg_factor is None and reduction == 'mean':
+        avg_factor = count_used(label != ignore_index)
     if weight is not None:
         pred,label = only_used(pred, weight[..., None]),label.masked_fill(weight == 0, ignore_index)
     rows = at_least_float32(pred).reshape(-1, pred.shape[-1])
     factors = None if class_weight is None else class_weight.to(rows)
-    loss = F.cross_entropy(rows, label.reshape(-1).long(), factors, reduction='none', ignore_index=ignore_index)
+    loss = F.cross_entropy(rows, label.reshape(-1).long(), factors, reduction='none',
+                           ignore_index=ignore_index)
     return weight_reduce_loss(loss.view(label.shape), weight, reduction, avg_factor)
 
 # %% ../../nbs/07_losses/01_cross_entropy.ipynb #7656158b
@@ -93,7 +96,8 @@ def binary_cross_entropy(
     "Sigmoid: each class answers for itself."
     check_shapes(pred, label, per_class=True)
     ignore_index = -100 if ignore_index is None else ignore_index
-    target,weight,valid = yes_no_targets(label, weight, pred.shape[-1], ignore_index, label.dim() < pred.dim())
+    target,weight,valid = yes_no_targets(label, weight, pred.shape[-1], ignore_index,
+                                         label.dim() < pred.dim())
     if avg_non_ignore and avg_factor is None and reduction == 'mean': avg_factor = count_used(valid)
     pred = at_least_float32(only_used(pred, weight))
     factors = None if class_weight is None else class_weight.to(pred)
@@ -113,9 +117,11 @@ def mask_cross_entropy(
     **kwargs,          # not used
 )->Tensor:             # `(1,)`; 0 for no masks
     "The channel of the object's own class, pixel by pixel."
-    if ignore_index is not None: raise ValueError("mask_cross_entropy can't ignore a label: leave those masks out")
+    if ignore_index is not None:
+        raise ValueError("mask_cross_entropy can't ignore a label: leave those masks out")
     if reduction != 'mean' or avg_factor is not None:
-        raise ValueError("mask_cross_entropy gives a mean over all pixels: reduction='mean', avg_factor=None")
+        raise ValueError("mask_cross_entropy gives a mean over all pixels: reduction='mean', "
+                         "avg_factor=None")
     own = at_least_float32(pred[torch.arange(len(pred), device=pred.device), label])
     if not own.numel(): return own.sum()[None]
     factors = None if class_weight is None else class_weight.to(own)
@@ -135,14 +141,18 @@ class CrossEntropyLoss(nn.Module):
         avg_non_ignore:bool=False,# a mean divides by labels that are not ignored
     ):
         super().__init__()
-        if use_sigmoid and use_mask: raise ValueError('CrossEntropyLoss: choose use_sigmoid or use_mask, not both')
+        if use_sigmoid and use_mask:
+            raise ValueError('CrossEntropyLoss: choose use_sigmoid or use_mask, not both')
         if ignore_index is not None and not avg_non_ignore and reduction == 'mean':
-            warnings.warn('ignored labels count in the mean, as in the zoo; set avg_non_ignore=True to leave them out')
+            warnings.warn('ignored labels count in the mean, as in the zoo; set avg_non_ignore=True to '
+                          'leave them out')
         self.use_sigmoid,self.use_mask,self.loss_weight = use_sigmoid,use_mask,loss_weight
-        self.reduction,self.ignore_index,self.avg_non_ignore = choose_reduction(reduction),ignore_index,avg_non_ignore
+        self.reduction = choose_reduction(reduction)
+        self.ignore_index,self.avg_non_ignore = ignore_index,avg_non_ignore
         weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32)
         self.register_buffer('class_weight', weight, persistent=False)
-        self.criterion = binary_cross_entropy if use_sigmoid else mask_cross_entropy if use_mask else cross_entropy
+        softmax = mask_cross_entropy if use_mask else cross_entropy
+        self.criterion = binary_cross_entropy if use_sigmoid else softmax
 
     def forward(self,
         cls_score,               # `(..., C)` scores
@@ -155,6 +165,7 @@ class CrossEntropyLoss(nn.Module):
     )->Tensor:                   # scalar, or elements for `'none'`
         "The loss times `loss_weight`."
         if not self.use_mask: kwargs.setdefault('avg_non_ignore', self.avg_non_ignore)
-        return self.loss_weight * self.criterion(cls_score, label, weight, class_weight=self.class_weight,
+        return self.loss_weight * self.criterion(cls_score, label, weight,
+                                                 class_weight=self.class_weight,
             reduction=choose_reduction(self.reduction, reduction_override), avg_factor=avg_factor,
             ignore_index=self.ignore_index if ignore_index is None else ignore_index, **kwargs)

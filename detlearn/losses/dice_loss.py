@@ -34,13 +34,18 @@ def dice_loss(
     avg_factor=None,       # see `weight_reduce_loss`
 )->Tensor:                 # scalar, or one number a mask for `'none'`
     "`1 - dice` of each mask (Milletari et al., 2016)."
-    if pred.shape != target.shape: raise ValueError(f'masks of shape {tuple(pred.shape)} and targets of shape {tuple(target.shape)}: expected the same')
+    if pred.shape != target.shape:
+        raise ValueError(f'masks of shape {tuple(pred.shape)} and targets of shape '
+                         f'{tuple(target.shape)}: expected the same')
     axes = 1 if weight is None else weight.dim()
     if weight is not None and weight.shape != pred.shape[:axes]:
-        raise ValueError(f'weights of shape {tuple(weight.shape)} do not fit masks of shape {tuple(pred.shape)}: expected one for each mask')
+        raise ValueError(f'weights of shape {tuple(weight.shape)} do not fit masks of shape '
+                         f'{tuple(pred.shape)}: expected one for each mask')
     pixels = pred.shape[axes:].numel()
-    pred,target = (gated(x, weight).reshape(*x.shape[:axes], pixels) for x in (pred, target.to(torch.promote_types(pred.dtype, torch.float32))))
-    return weight_reduce_loss(1 - soft_dice(pred, target, eps, naive_dice), weight, reduction, avg_factor)
+    pred,target = (gated(x, weight).reshape(*x.shape[:axes], pixels) for x in (pred,
+        target.to(torch.promote_types(pred.dtype, torch.float32))))
+    return weight_reduce_loss(1 - soft_dice(pred, target, eps, naive_dice), weight, reduction,
+                              avg_factor)
 
 # %% ../../nbs/07_losses/12_dice_loss.ipynb #a571ae33
 @LOSSES.register_module()
@@ -55,7 +60,9 @@ class DiceLoss(nn.Module):
         eps:float=1e-3,          # see `soft_dice`
     ):
         super().__init__()
-        if activate and not use_sigmoid: raise ValueError('DiceLoss: activate=True needs use_sigmoid=True; for other probabilities set activate=False')
+        if activate and not use_sigmoid:
+            raise ValueError('DiceLoss: activate=True needs use_sigmoid=True; for other probabilities '
+                             'set activate=False')
         self.use_sigmoid,self.activate,self.naive_dice = use_sigmoid,activate,naive_dice
         self.reduction,self.loss_weight,self.eps = choose_reduction(reduction),loss_weight,eps
 
@@ -70,4 +77,5 @@ class DiceLoss(nn.Module):
         pred = gated(pred, weight)
         if self.activate: pred = pred.sigmoid()
         reduction = choose_reduction(self.reduction, reduction_override)
-        return self.loss_weight*dice_loss(pred, target, weight, self.eps, reduction, self.naive_dice, avg_factor)
+        return self.loss_weight*dice_loss(pred, target, weight, self.eps, reduction, self.naive_dice,
+                                          avg_factor)

@@ -28,7 +28,8 @@ def distribution_focal_loss(
 )->Tensor:         # `(...)`
     "Cross-entropy with the two whole numbers around the target (Li et al., 2020)."
     if target.shape != pred.shape[:-1]:
-        raise ValueError(f'targets of shape {tuple(target.shape)} do not fit scores of shape {tuple(pred.shape)}: '
+        raise ValueError(f'targets of shape {tuple(target.shape)} do not fit scores of shape '
+                         f'{tuple(pred.shape)}: '
                          f'expected {tuple(pred.shape[:-1])}, one distance for each row')
     return -(two_neighbours(target.to(pred.dtype), pred.shape[-1])*pred.log_softmax(-1)).sum(-1)
 

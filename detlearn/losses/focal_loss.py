@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.registry import LOSSES
-from .reduce import weight_reduce_loss, only_used, at_least_float32, choose_reduction, off_the_ends
+from .reduce import weight_reduce_loss, only_used, at_least_float32
+from .reduce import choose_reduction, off_the_ends
 from .cross_entropy import one_hot, check_shapes
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #2764a762
@@ -68,7 +69,8 @@ def match_weight(
     if weight is None or weight.shape == pred.shape: return weight
     if weight.shape == pred.shape[:-1]: return weight[..., None]
     if weight.numel() == pred.numel(): return weight.view(pred.shape)
-    raise ValueError(f'weights of shape {tuple(weight.shape)} do not fit scores of shape {tuple(pred.shape)}: '
+    raise ValueError(f'weights of shape {tuple(weight.shape)} do not fit scores of shape '
+                     f'{tuple(pred.shape)}: '
                      'expected one for each row, or one for each score')
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #af1f45ba
@@ -101,9 +103,12 @@ class FocalLoss(nn.Module):
         activated:bool=False,   # predictions are probabilities, not scores
     ):
         super().__init__()
-        if not use_sigmoid: raise ValueError('FocalLoss needs use_sigmoid=True: the paper has no softmax variant. For a softmax take CrossEntropyLoss.')
+        if not use_sigmoid:
+            raise ValueError('FocalLoss needs use_sigmoid=True: the paper has no softmax variant. For '
+                             'a softmax take CrossEntropyLoss.')
         self.use_sigmoid,self.gamma,self.alpha = use_sigmoid,gamma,alpha
-        self.reduction,self.loss_weight,self.activated = choose_reduction(reduction),loss_weight,activated
+        self.reduction = choose_reduction(reduction)
+        self.loss_weight,self.activated = loss_weight,activated
 
     def forward(self,
         pred,                    # `(..., C)` scores, or probabilities if `activated`
@@ -115,4 +120,5 @@ class FocalLoss(nn.Module):
         "The loss times `loss_weight`."
         elements = focal_of_probabilities if self.activated else focal_elements
         reduction = choose_reduction(self.reduction, reduction_override)
-        return self.loss_weight * sigmoid_focal_loss(pred, target, weight, self.gamma, self.alpha, reduction, avg_factor, elements)
+        return self.loss_weight * sigmoid_focal_loss(pred, target, weight, self.gamma, self.alpha,
+                                                     reduction, avg_factor, elements)

@@ -22,7 +22,8 @@ def gaussian_focal_loss(
 )->Tensor:           # the same shape
     "Focal loss on a heat map, with noes near a yes turned down (Law and Deng, 2018)."
     if pred.shape != target.shape:
-        raise ValueError(f'heat maps of shape {tuple(pred.shape)} and targets of shape {tuple(target.shape)}: '
+        raise ValueError(f'heat maps of shape {tuple(pred.shape)} and targets of shape '
+                         f'{tuple(target.shape)}: '
                          'expected the same shape, one target for each pixel')
     eps = 1e-12
     yes = -(pred+eps).log()*(1-pred)**alpha

@@ -60,7 +60,9 @@ class GHMC(nn.Module):
         reduction='mean',      # `'none'` or `'mean'`
     ):
         super().__init__()
-        if not use_sigmoid: raise ValueError('GHMC needs use_sigmoid=True: a gradient of one number sorts an element into its bin')
+        if not use_sigmoid:
+            raise ValueError('GHMC needs use_sigmoid=True: a gradient of one number sorts an element '
+                             'into its bin')
         self.bins,self.momentum,self.use_sigmoid = bins,momentum,use_sigmoid
         self.loss_weight,self.reduction = loss_weight,choose_reduction(reduction)
         self.register_buffer('edges', bin_edges(bins, 1+1e-6))
@@ -79,7 +81,8 @@ class GHMC(nn.Module):
         if label_weight.dim() < pred.dim(): label_weight = label_weight[..., None].expand_as(pred)
         pred,target = gated(pred, label_weight),gated(target.float(), label_weight)
         where = bin_of((pred.detach().sigmoid() - target).abs().float(), self.edges)
-        weight,total = harmonized(where, label_weight > 0, self.bins, getattr(self, 'acc_sum', None), self.momentum)
+        weight,total = harmonized(where, label_weight > 0, self.bins, getattr(self, 'acc_sum', None),
+                                  self.momentum)
         loss = F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction='none')
         reduction = choose_reduction(self.reduction, reduction_override)
         return self.loss_weight*weight_reduce_loss(loss, weight, reduction, total)
@@ -113,6 +116,7 @@ class GHMR(nn.Module):
         d = gated(pred, label_weight) - gated(target, label_weight)
         root = (d*d + self.mu**2).sqrt()
         where = bin_of((d.detach()/root.detach()).abs().float(), self.edges)
-        weight,total = harmonized(where, label_weight > 0, self.bins, getattr(self, 'acc_sum', None), self.momentum)
+        weight,total = harmonized(where, label_weight > 0, self.bins, getattr(self, 'acc_sum', None),
+                                  self.momentum)
         reduction = choose_reduction(self.reduction, reduction_override)
         return self.loss_weight*weight_reduce_loss(root-self.mu, weight, reduction, total)

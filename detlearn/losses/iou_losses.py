@@ -22,7 +22,8 @@ def shared_and_covered(
 )->tuple:          # intersection and union `(...)`, areas
     "What the two boxes of each pair share, and what they cover together."
     if pred.shape != target.shape or pred.shape[-1] != 4:
-        raise ValueError(f'boxes of shape {tuple(pred.shape)} and targets of shape {tuple(target.shape)}: '
+        raise ValueError(f'boxes of shape {tuple(pred.shape)} and targets of shape '
+                         f'{tuple(target.shape)}: '
                          'expected (..., 4) twice, one target for each box')
     corner = torch.minimum(pred[..., 2:], target[..., 2:])
     sides = (corner - torch.maximum(pred[..., :2], target[..., :2])).clamp(min=0)
@@ -106,7 +107,8 @@ def iou_loss(
 )->Tensor:             # `(...)`
     "`-log IoU` (Yu et al., 2016), `1 - IoU`, or `1 - IoU²`."
     mode = 'linear' if linear else mode
-    if mode not in IOU_MODES: raise ValueError(f'iou_loss: mode={mode!r} is unknown: choose from {list(IOU_MODES)}')
+    if mode not in IOU_MODES:
+        raise ValueError(f'iou_loss: mode={mode!r} is unknown: choose from {list(IOU_MODES)}')
     return IOU_MODES[mode](paired_iou(pred, target).clamp(min=eps))
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #c3122fac
@@ -177,7 +179,8 @@ class IoULoss(LossPart):
         loss_weight:float=1., # factor of the result, also of `'none'`
         mode:str='log',       # `'linear'`, `'square'` or `'log'`
     ):
-        if mode not in IOU_MODES: raise ValueError(f'IoULoss: mode={mode!r} is unknown: choose from {list(IOU_MODES)}')
+        if mode not in IOU_MODES:
+            raise ValueError(f'IoULoss: mode={mode!r} is unknown: choose from {list(IOU_MODES)}')
         if linear: warnings.warn("IoULoss(linear=True) is an older way to write mode='linear'")
         super().__init__(iou_loss, reduction, loss_weight, mode='linear' if linear else mode, eps=eps)
 

@@ -18,9 +18,10 @@ def knowledge_distillation_kl_div_loss(
     T:float=10,               # temperature
     detach_target:bool=True,  # the teacher learns nothing
 )->Tensor:                    # `(...)`
-    "Divergence of the softened distributions, *averaged* over classes, times `T²` (Hinton et al., 2015)."
+    "Divergence of the softened distributions, *mean* over classes, times `T²` (Hinton et al., 2015)."
     if pred.shape != soft_label.shape:
-        raise ValueError(f"student's scores of shape {tuple(pred.shape)} and teacher's of shape {tuple(soft_label.shape)}: expected the same")
+        raise ValueError(f"student's scores of shape {tuple(pred.shape)} and teacher's of shape "
+                         f"{tuple(soft_label.shape)}: expected the same")
     target = (soft_label/T).log_softmax(-1)
     if detach_target: target = target.detach()
     return (target.exp()*(target - (pred/T).log_softmax(-1))).mean(-1)*T*T
@@ -34,7 +35,9 @@ class KnowledgeDistillationKLDivLoss(LossPart):
         loss_weight:float=1., # factor of the result, also of `'none'`
         T:int=10,             # temperature, at least 1
     ):
-        if T < 1: raise ValueError(f'KnowledgeDistillationKLDivLoss: T={T} must be at least 1; below it a distribution gets sharper')
+        if T < 1:
+            raise ValueError(f'KnowledgeDistillationKLDivLoss: T={T} must be at least 1; below it a '
+                             f'distribution gets sharper')
         super().__init__(knowledge_distillation_kl_div_loss, reduction, loss_weight, T=T)
 
     def forward(self,

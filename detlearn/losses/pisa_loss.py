@@ -20,7 +20,8 @@ def rank_within(
     order = torch.arange(len(group), device=group.device)
     for key in (*order_by[::-1], group): order = order[key[order].argsort(stable=True)]
     sorted_group = group[order]
-    place = torch.arange(len(group), device=group.device) - torch.searchsorted(sorted_group, sorted_group)
+    begin = torch.searchsorted(sorted_group, sorted_group)
+    place = torch.arange(len(group), device=group.device) - begin
     return torch.zeros_like(group).scatter(0, order, place)
 
 def hierarchical_rank(

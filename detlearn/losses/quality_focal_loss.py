@@ -85,7 +85,9 @@ class QualityFocalLoss(LossPart):
         loss_weight:float=1.,  # factor of the result, also of `'none'`
         activated:bool=False,  # predictions are probabilities, not scores
     ):
-        if not use_sigmoid: raise ValueError('QualityFocalLoss needs use_sigmoid=True: a quality is no distribution over classes')
+        if not use_sigmoid:
+            raise ValueError('QualityFocalLoss needs use_sigmoid=True: a quality is no distribution '
+                             'over classes')
         loss = quality_focal_loss_with_prob if activated else quality_focal_loss
         super().__init__(loss, reduction, loss_weight, beta=beta)
         self.use_sigmoid,self.activated = use_sigmoid,activated
@@ -102,7 +104,10 @@ class VarifocalLoss(LossPart):
         reduction='mean',       # `'none'`, `'mean'`, `'sum'`
         loss_weight:float=1.,   # factor of the result, also of `'none'`
     ):
-        if not use_sigmoid: raise ValueError('VarifocalLoss needs use_sigmoid=True: a quality is no distribution over classes')
+        if not use_sigmoid:
+            raise ValueError('VarifocalLoss needs use_sigmoid=True: a quality is no distribution over '
+                             'classes')
         if alpha < 0: raise ValueError(f'VarifocalLoss: alpha={alpha} must not be negative')
-        super().__init__(varifocal_loss, reduction, loss_weight, alpha=alpha, gamma=gamma, iou_weighted=iou_weighted)
+        super().__init__(varifocal_loss, reduction, loss_weight, alpha=alpha, gamma=gamma,
+                         iou_weighted=iou_weighted)
         self.use_sigmoid = use_sigmoid

@@ -42,7 +42,8 @@ def off_the_ends(
     p:Tensor, # probabilities
 )->Tensor:    # the same in float32 or float64; `1e-4` to `1 - 1e-4` if they came in half precision
     "Probabilities whose logarithm has a slope that their own precision can hold."
-    return p.float().clamp(1e-4, 1-1e-4) if p.dtype in (torch.float16, torch.bfloat16) else at_least_float32(p)
+    if p.dtype not in (torch.float16, torch.bfloat16): return at_least_float32(p)
+    return p.float().clamp(1e-4, 1-1e-4)
 
 def of_probabilities(
     loss_func, # `f(pred, target, ...)` of probabilities
@@ -61,7 +62,8 @@ def choose_reduction(
 )->str:            # `'none'`, `'mean'` or `'sum'`
     "The call's reduction, else the part's own."
     chosen = own if override is None else override
-    if chosen not in REDUCTIONS: raise ValueError(f"reduction={chosen!r} is unknown: choose 'none', 'mean' or 'sum'")
+    if chosen not in REDUCTIONS:
+        raise ValueError(f"reduction={chosen!r} is unknown: choose 'none', 'mean' or 'sum'")
     return chosen
 
 # %% ../../nbs/07_losses/00_reduce.ipynb #e8db93c4
@@ -80,12 +82,14 @@ def weight_reduce_loss(
     loss:Tensor,         # any shape, one number an element
     weight:Tensor=None,  # same shape, or broadcastable; 0 takes an element out
     reduction='mean',    # `'none'`, `'mean'` or `'sum'`
-    avg_factor=None,     # number or 0-d tensor that divides the sum; only for `'mean'`, not used for `'none'`
+    avg_factor=None,  # divides the sum: number or 0-d tensor; only for `'mean'`, not used for `'none'`
 )->Tensor:               # scalar, or elements for `'none'`
     "Weigh, add, divide."
     loss = weigh(loss, weight)
     if avg_factor is None or choose_reduction(reduction) == 'none': return reduce_loss(loss, reduction)
-    if reduction == 'sum': raise ValueError("avg_factor divides a mean: it can't be used with reduction='sum'. Leave one of them out.")
+    if reduction == 'sum':
+        raise ValueError("avg_factor divides a mean: it can't be used with reduction='sum'. Leave one "
+                         "of them out.")
     return loss.sum() / (avg_factor + EPS)
 
 # %% ../../nbs/07_losses/00_reduce.ipynb #78d7bd69
@@ -177,7 +181,7 @@ def reduce_mean(
 
 # %% ../../nbs/07_losses/00_reduce.ipynb #62d3e249
 def average_factor(
-    used:Tensor,    # `(B, ...)` bool or weights, what is counted, for example the positives of each image
+    used:Tensor,  # `(B, ...)` bool or weights, what is counted, for example the positives of each image
     least:float=1., # smallest result, so that a batch without any divides by it
 )->Tensor:          # 0-d float, the same in all processes
     "Sum over all images, mean over all processes: what a batch is divided by, in one place."

@@ -27,7 +27,8 @@ def distances(
 )->Tensor:         # the same shape, at least 0, float32 or float64
     "Absolute differences, 0 where the weight is 0."
     if pred.shape != target.shape:
-        raise ValueError(f'predictions of shape {tuple(pred.shape)} and targets of shape {tuple(target.shape)}: '
+        raise ValueError(f'predictions of shape {tuple(pred.shape)} and targets of shape '
+                         f'{tuple(target.shape)}: '
                          'expected one target for each number')
     pred,target = at_least_float32(only_used(pred, weight)),at_least_float32(only_used(target, weight))
     return (pred - target).abs()
@@ -55,11 +56,13 @@ def smooth_l1_loss(
     avg_factor=None,  # see `weight_reduce_loss`
 )->Tensor:            # scalar, or elements for `'none'`; 0 if there is no target
     "A parabola within `beta`, a straight line outside (Girshick, 2015)."
-    if beta <= 0: raise ValueError(f'smooth_l1_loss: beta={beta} must be positive; for beta=0 use l1_loss')
+    if beta <= 0:
+        raise ValueError(f'smooth_l1_loss: beta={beta} must be positive; for beta=0 use l1_loss')
     if not target.numel(): return at_least_float32(pred).sum()*0
     weight = box_weight(weight, pred)
     d = distances(pred, target, weight)
-    return weight_reduce_loss(torch.where(d < beta, .5*d*d/beta, d - .5*beta), weight, reduction, avg_factor)
+    return weight_reduce_loss(torch.where(d < beta, .5*d*d/beta, d - .5*beta), weight, reduction,
+                              avg_factor)
 
 # %% ../../nbs/07_losses/03_smooth_l1_loss.ipynb #a4ac8c60
 @LOSSES.register_module()
