@@ -65,17 +65,30 @@ class FPN(nn.Module):
             [ConvModule(c, out_channels, 3, stride=2, padding=1, norm_cfg=norm_cfg, **cfg) for c in first + [out_channels]*(extras-1)])
         initialize(self, init_cfg)
 
+    def merged(self,
+        inputs,  # maps of the backbone, finest first
+    )->tuple:    # maps that are used, the same merged from the top down
+        "Lateral convolutions, then the way down."
+        if len(inputs) != len(self.in_channels): raise ValueError(f'{type(self).__name__}: {len(inputs)} maps for {len(self.in_channels)} in_channels')
+        used = inputs[self.start_level:self.end]
+        return used,top_down([conv(x) for conv,x in zip(self.lateral_convs, used)], self.upsample_cfg)
+
+    def extend(self,
+        outs:list, # one output for each map that is used
+        source,    # map that the first extra convolution reads; not used without `add_extra_convs`
+    )->tuple:      # `num_outs` maps
+        "Add the levels that the backbone does not have."
+        first = len(outs)
+        for i in range(first, self.num_outs):
+            if not self.mode: outs.append(F.max_pool2d(outs[-1], 1, stride=2)); continue
+            x = source if i == first else outs[-1]
+            outs.append(self.fpn_convs[i](F.relu(x) if self.relu_before_extra_convs and i > first else x))
+        return tuple(outs)
+
     def forward(self,
         inputs,  # maps of the backbone, finest first
     )->tuple:    # `num_outs` maps, finest first
         "Lateral, top-down, smooth, extend."
-        if len(inputs) != len(self.in_channels): raise ValueError(f'FPN: {len(inputs)} maps for {len(self.in_channels)} in_channels')
-        used = inputs[self.start_level:self.end]
-        laterals = top_down([conv(x) for conv,x in zip(self.lateral_convs, used)], self.upsample_cfg)
+        used,laterals = self.merged(inputs)
         outs = [conv(x) for conv,x in zip(self.fpn_convs, laterals)]
-        source = {'on_input': used[-1], 'on_lateral': laterals[-1], 'on_output': outs[-1]}.get(self.mode)
-        for i in range(len(used), self.num_outs):
-            if not self.mode: outs.append(F.max_pool2d(outs[-1], 1, stride=2)); continue
-            x = source if i == len(used) else outs[-1]
-            outs.append(self.fpn_convs[i](F.relu(x) if self.relu_before_extra_convs and i > len(used) else x))
-        return tuple(outs)
+        return self.extend(outs, dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1]))
