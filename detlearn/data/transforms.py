@@ -405,8 +405,9 @@ class PhotoMetricDistortion:
         contrast_range=(.5, 1.5),   # factors
         saturation_range=(.5, 1.5), # factors
         hue_delta=18,               # largest turn, degrees
+        swap_channels:bool=True,    # now and then another order of the channels; the zoo always does that
     ):
-        self.brightness_delta,self.hue_delta = brightness_delta,hue_delta
+        self.brightness_delta,self.hue_delta,self.swap_channels = brightness_delta,hue_delta,swap_channels
         self.contrast_range,self.saturation_range = contrast_range,saturation_range
 
     def draw(self)->dict: # arguments of `distort`
@@ -418,7 +419,7 @@ class PhotoMetricDistortion:
         if coin(): out['saturation'] = between(*self.saturation_range)
         if coin(): out['hue'] = between(-self.hue_delta, self.hue_delta)
         if not out['contrast_first'] and coin(): out['contrast'] = between(*self.contrast_range)
-        if coin(): out['channels'] = tuple(np.random.permutation(3).tolist())
+        if coin() and self.swap_channels: out['channels'] = tuple(np.random.permutation(3).tolist())
         return out
 
     def __call__(self, results):

