@@ -25,6 +25,7 @@ def object_masks(
                          'bring both to one size, or sample both at the same points.')
     return gt.masks
 
+# %% ../../nbs/06_targets/11b_mask_hungarian_assigner.ipynb #dd4eea13
 @BBOX_ASSIGNERS.register_module()
 class MaskHungarianAssigner(HungarianAssigner):
     "The pairs of object and predicted mask with the least total cost (Cheng et al., 2021)."
