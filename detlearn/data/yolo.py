@@ -7,7 +7,6 @@ __all__ = ['shares_of', 'read_line', 'read_labels', 'to_annotation', 'class_name
            'photos_below', 'photos_of', 'YOLODataset', 'yolo_line', 'write_yolo']
 
 # %% ../../nbs/02_data/03_yolo.ipynb #90ea6dac
-import os
 from pathlib import Path, PurePosixPath
 import yaml
 from ..core.registry import DATASETS
