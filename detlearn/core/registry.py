@@ -7,10 +7,11 @@ __all__ = ['LAYER_SPECS', 'BACKBONES', 'NECKS', 'HEADS', 'DETECTORS', 'ROI_EXTRA
            'BBOX_ASSIGNERS', 'BBOX_SAMPLERS', 'BBOX_CODERS', 'IOU_CALCULATORS', 'MATCH_COST', 'PRIOR_GENERATORS',
            'PLUGIN_LAYERS', 'POSTPROCESS', 'PIPELINES', 'DATASETS', 'HOOKS', 'RUNNERS', 'OPTIMIZERS',
            'ANCHOR_GENERATORS', 'spelled_like', 'nearest', 'NotFound', 'settings_of', 'call', 'is_spec', 'copied',
-           'place_of', 'same_part', 'find_in_index', 'Registry', 'add_part', 'find_part', 'unknown_part', 'build_parts']
+           'place_of', 'same_part', 'find_in_index', 'Registry', 'add_part', 'left_over', 'renewed', 'find_part',
+           'unknown_part', 'build_parts']
 
 # %% ../../nbs/01_core/00_registry.ipynb #41a546d0
-import difflib, importlib, inspect, re
+import difflib, importlib, inspect, re, sys
 from .._modidx import d as _index
 
 # %% ../../nbs/01_core/00_registry.ipynb #b68e4875
@@ -167,6 +168,24 @@ def add_part(
     return part
 
 # %% ../../nbs/01_core/00_registry.ipynb #568843d5
+def left_over(
+    part, # class or function
+)->bool:
+    "Is this from a notebook that has been closed?"
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    names = shell.user_ns if shell else vars(sys.modules['__main__'])
+    return part.__module__ == '__main__' and names.get(part.__name__) is not part
+
+def renewed(
+    registry, # that holds the name; changed where its part is left over
+    name:str, # of a part
+):            # class or function
+    "What is registered; in place of a left-over, the book's own."
+    modules = find_in_index(name) if left_over(registry[name]) else []
+    if modules: registry[name] = getattr(importlib.import_module(modules[0]), name)
+    return registry[name]
+
+# %% ../../nbs/01_core/00_registry.ipynb #f9dd72b7
 def find_part(
     registry, # where to look first
     name,     # a type name; a class or function is given back as it is
@@ -178,8 +197,8 @@ def find_part(
     for n in (name, re.sub(r'^(mmdet|mmcv|detlearn)\.', '', name)):
         for module in [None, *find_in_index(n)]:
             if module: importlib.import_module(module)
-            if n in registry: return registry[n]
-        having = [r for r in Registry.everything if n in r]
+            if n in registry: return renewed(registry, n)
+        having = [r for r in Registry.everything if n in r and renewed(r, n)]
         if len({r[n] for r in having}) > 1:
             raise NotFound(f'{n!r}{f" (at {where})" if where else ""} is ambiguous: ' + ', '.join(f'{place_of(r[n])} ({r.name})' for r in having)
                            + '; pass the class instead of its name')
