@@ -174,7 +174,7 @@ def left_over(
     "Is this from a notebook that has been closed?"
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     names = shell.user_ns if shell else vars(sys.modules['__main__'])
-    return part.__module__ == '__main__' and names.get(part.__name__) is not part
+    return getattr(part, '__module__', '') == '__main__' and names.get(part.__name__) is not part
 
 def renewed(
     registry, # that holds the name; changed where its part is left over

@@ -9,7 +9,7 @@ __all__ = ['CONV_LAYERS', 'NORM_LAYERS', 'ACTIVATION_LAYERS', 'HSigmoid', 'Clamp
 # %% ../../nbs/03_layers/01_conv_module.ipynb #14de37bb
 import importlib, warnings
 from torch import nn
-from ..core.registry import Registry, find_in_index, nearest
+from ..core.registry import Registry, find_in_index, nearest, renewed
 from .initialize import initialize
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #766b1967
@@ -68,7 +68,7 @@ def look_up(
     if not isinstance(name, str): return name,kw                            # the class itself
     for module in find_in_index(name) if name not in table else []: importlib.import_module(module)
     if name not in table: raise KeyError(f'{what}: unknown type {name!r}{nearest(name, table)}')
-    return table[name],kw
+    return renewed(table, name),kw
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #a19cac22
 def build_conv_layer(
