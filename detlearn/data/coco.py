@@ -420,7 +420,7 @@ class CocoDataset(Dataset):
         self.pipeline = [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
         names = type(self).CLASSES if classes is None else classes
         self.CLASSES = wanted_names(names)
-        coco = self.load_annotations(self.ann_file)
+        coco = self.to_lists(self.load_annotations(self.ann_file))
         vars(self).update(use_coco(coco, self.ann_file, self.CLASSES, test_mode, filter_empty_gt))
         self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette(len(self.CLASSES))
         self.cat2label = {c: i for i,c in enumerate(self.cat_ids)}
@@ -434,6 +434,12 @@ class CocoDataset(Dataset):
     )->dict:      # images, annotations, categories, as in a COCO file
         "What the annotation file says; a reader of another format differs here alone."
         return read_json(ann_file)
+
+    def to_lists(self,
+        found, # of `load_annotations`
+    )->dict:   # images, annotations, categories
+        "COCO's lists; a reader whose `load_annotations` gives something else turns it here."
+        return found
 
     def get_ann_info(self,
         idx:int,  # position of the image
