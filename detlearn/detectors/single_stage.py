@@ -27,7 +27,7 @@ class SingleStageDetector(nn.Module):
     "Backbone, neck and dense head."
     def __init__(self,
         backbone,        # images to maps
-        neck=None,       # maps to maps
+        neck=None,       # maps to maps; several in a list come one after the other
         bbox_head=None,  # maps to losses or detections
         train_cfg=None,  # must be None here: `build_detector` hands it out
         test_cfg=None,   # must be None here: `build_detector` hands it out
@@ -37,7 +37,7 @@ class SingleStageDetector(nn.Module):
         super().__init__()
         if train_cfg or test_cfg: raise ValueError('train_cfg and test_cfg are handed out by build_detector; give assigner, sampler and postprocess to the head')
         self.backbone,self.bbox_head,self.init_cfg = backbone,bbox_head,init_cfg
-        if neck is not None: self.neck = neck
+        if neck is not None: self.neck = nn.Sequential(*neck) if isinstance(neck, (list, tuple)) else neck
         if pretrained: backbone.init_cfg = dict(type='Pretrained', checkpoint=pretrained)
 
     def init_weights(self)->dict: # reports by part
