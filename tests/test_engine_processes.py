@@ -76,7 +76,8 @@ def test_twenty_kills_at_random_moments(tmp_path, straight):
     while kills < 20:
         (tmp_path/'begun').unlink(missing_ok=True)
         p = ctx.Process(target=run_child, args=(LIFE, [str(tmp_path), str(Path(__file__).parent)], {}, str(tmp_path/'out')), daemon=True); p.start()
-        while not (tmp_path/'begun').exists() and p.is_alive(): time.sleep(.001)
+        wanted = rng.randint(1, 3)                                                     # iterations begun, so that lives get somewhere on a busy machine
+        while p.is_alive() and not ((tmp_path/'begun').exists() and (tmp_path/'begun').stat().st_size >= wanted): time.sleep(.001)
         time.sleep(rng.uniform(0, .02))
         if p.is_alive(): p.kill(); kills += 1
         p.join()
@@ -86,6 +87,7 @@ def test_twenty_kills_at_random_moments(tmp_path, straight):
             warnings.simplefilter('error'); newest = find_latest(tmp_path)         # no file is damaged: cut ones never get a name
         if p.exitcode == 0 or (newest and read_file(newest)['meta']['iter'] == 20):
             if kills < 20: [f.unlink() for f in tmp_path.glob('*.pth')]                # finished too early: begin anew, the deaths go on
+    assert find_latest(tmp_path), 'no life has saved anything: the kills came too early'
     run = make(tmp_path, net=Heavy(3)); torch.manual_seed(1); run.resume('auto'); run.run(toy_loader())
     assert run.iter == 20 and same(run.model, straight.model)
     assert torn, 'no kill hit the writing of a checkpoint'
