@@ -230,10 +230,9 @@ def parse_words(
     words,values = take_set(words)
     first = next(iter(inspect.signature(COMMANDS[name]).parameters.values()), None)
     if words and not words[0].startswith('-') and first and first.default is not first.empty: words = [f'--{first.name}', *words]
-    words = ['--' + w[2:].replace('-', '_', w.split('=')[0].count('-')-2) if w.startswith('--') else w for w in words]
-    parser = anno_parser(COMMANDS[name], prog=f'detlearn {name}')
-    for a in parser._actions: a.option_strings = [o.replace('_', '-') for o in a.option_strings] + [o for o in a.option_strings if '_' in o]
-    parser._option_string_actions.update({o: a for a in parser._actions for o in a.option_strings})
+    parser = anno_parser(COMMANDS[name], prog=f'detlearn {name}')     # its options have '_' or '-', by the version of fastcore
+    for a in parser._actions: a.option_strings = [o.replace('_', '-') for o in a.option_strings]
+    parser._option_string_actions.update({s: a for a in parser._actions for o in a.option_strings for s in (o, '--' + o[2:].replace('-', '_'))})
     out = {k: v for k,v in vars(parser.parse_args(words)).items() if k not in ('pdb', 'xtra')}
     return out if values is None else dict(out, set=values)
 
