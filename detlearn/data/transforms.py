@@ -186,12 +186,14 @@ def _whwh(w, h): return torch.tensor([w, h, w, h], dtype=torch.float32)
 # %% ../../nbs/02_data/04_transforms.ipynb #961f74db
 def move_boxes(
     boxes,  # `(..., 4)` xyxy
-    matrix, # `(3, 3)`: scaling, flips and shifts; turns are not allowed
+    matrix, # `(3, 3)`, affine; after a turn: the box around the turned box
 )->Tensor:  # `(..., 4)` xyxy
     "Boxes through a matrix."
     m = matrix.to(boxes)
-    corners = boxes.reshape(-1, 2, 2)*m.diagonal()[:2] + m[:2, 2]
-    return torch.cat([corners.amin(1), corners.amax(1)], -1).reshape(boxes.shape)
+    corners = boxes[..., [0, 1, 2, 1, 0, 3, 2, 3]].unflatten(-1, (4, 2))
+    x,y = corners[..., :1],corners[..., 1:]
+    moved = x*m[:2, 0] + y*m[:2, 1] + m[:2, 2]
+    return torch.cat([moved.amin(-2), moved.amax(-2)], -1)
 
 def move(
     results:dict,   # of a pipeline
