@@ -11,6 +11,7 @@ from detlearn._modidx import d as INDEX
 from detlearn.core.registry import BACKBONES, NECKS, PLUGIN_LAYERS, Registry
 from detlearn.core.structures import GroundTruth
 from detlearn.detectors.build import build_detector
+from detlearn.layers.pixel_decoder import padding_of
 
 BY_LEVEL = {'AnchorHead', 'DenseHead', 'RetinaHead'}   # heads whose losses the zoo gives as lists, one entry a level
 PARTS = {s.rsplit('.', 1)[1] for mod, syms in INDEX['syms'].items() for s in syms if s.count('.') == mod.count('.') + 1}
@@ -34,7 +35,8 @@ def missing(config):
 
 def build(kind, config):
     "A part or a detector of the package, with the zoo's calls."
-    if kind != 'detector': return dict(backbone=BACKBONES, neck=NECKS, plugin=PLUGIN_LAYERS)[kind].build(config)
+    if kind == 'plugin': return spoken_to(PLUGIN_LAYERS.build(config), Plugin)
+    if kind != 'detector': return dict(backbone=BACKBONES, neck=NECKS)[kind].build(config)
     model = spoken_to(build_detector(config), Detector)
     if hasattr(model, 'bbox_head'): spoken_to(model.bbox_head, Head)
     return model
@@ -44,6 +46,14 @@ def spoken_to(obj, calls):
     "The same object, answering the zoo's calls."
     obj.__class__ = type(type(obj).__name__, (calls, type(obj)), {})
     return obj
+
+
+class Plugin:
+    "Pixel decoders take a padding mask where the zoo takes `img_metas`."
+    def forward(self, feats, img_metas=None):
+        if img_metas is None: return super().forward(feats)
+        sizes = torch.tensor([m['img_shape'][:2] for m in img_metas])
+        return super().forward(feats, padding_of(sizes, img_metas[0]['batch_input_shape']))
 
 
 def levels_of(head, feats, preds):

@@ -88,11 +88,18 @@ def same_numbers(got, want, tol=TOL):
         assert (got[k] is None) == (w is None) and (w is None or np.shape(got[k]) == np.shape(w) and np.allclose(got[k], w, rtol=tol, atol=tol, equal_nan=True)), f'{k}: {got[k]} for {w}'
 
 
+def given(model, kind, xs):
+    "What a part is called with: an image, or maps; the pixel decoders of MaskFormer take what is known of the images too."
+    if kind == 'backbone': return xs[0],
+    about = kind == 'plugin' and not type(model).__name__.startswith('MSDeform')
+    return tuple(xs), *([metas(tuple(4*n for n in xs[0].shape[2:]), len(xs[0]))] if about else [])
+
+
 def train_net(model, kind, xs):
     "Mean squares of the outputs in training mode; their gradients go back."
     model.train()
     leaf = [x.clone().requires_grad_() for x in xs]
-    loss = sum((t**2).mean() for t in live(model(leaf[0] if kind == 'backbone' else tuple(leaf))))
+    loss = sum((t**2).mean() for t in live(model(*given(model, kind, leaf))))
     loss.backward()
     norms = [None if x.grad is None else float(x.grad.norm()) for x in leaf]
     return dict(loss=float(loss.detach()), input_grad_norm=norms), [n for n, p in model.named_parameters() if not p.requires_grad]
@@ -103,8 +110,7 @@ def live(x): return [x] if isinstance(x, torch.Tensor) else [t for v in x for t 
 
 def check_part(model, case, store, xs):
     calm(model).eval()
-    one = case['kind'] == 'backbone'
-    with torch.no_grad(): same_tensors(model(xs[0] if one else tuple(xs)), case['out'], store)
+    with torch.no_grad(): same_tensors(model(*given(model, case['kind'], xs)), case['out'], store)
     want = case.get('train_mode')
     if not want: return
     numbers, frozen = train_net(model, case['kind'], xs)
