@@ -171,8 +171,8 @@ def browse_config(
 # %% ../../nbs/15_apis/04_cli.ipynb #45fbcefa
 def demo(
     work_dir:str='runs/demo', # everything is left here
-    images:int=600,           # toy photos to learn from
-    epochs:int=12,            # times through them
+    images:int=1200,          # toy photos to learn from
+    epochs:int=6,             # times through them
     unseen:int=200,           # toy photos to measure on
     seed:int=0,               # of photos, weights and order
     device:str=None,          # cpu, cuda, ...; default: the accelerator, or the CPU

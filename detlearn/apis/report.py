@@ -119,6 +119,7 @@ def curves(
     for key,name,c in (('bbox_mAP', 'AP', COLOURS[1]), ('bbox_mAP_50', 'AP50', COLOURS[2])):
         right.plot([r['epoch'] for r in val if key in r], [r[key] for r in val if key in r], 'o-', ms=3, color=c, label=name)
     right.set(title='AP on the validation photos', xlabel='epoch', ylim=(-.02, 1.02)); right.legend(frameon=False)
+    for ax in (left, right): ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 # %% ../../nbs/15_apis/03_report.ipynb #105358df

@@ -28,7 +28,7 @@ model = dict(
     test_cfg=dict(nms_pre=200, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=50))
 optimizer = dict(lr=0.004)
 optimizer_config = dict(grad_clip=dict(max_norm=10))
-runner = dict(max_epochs=8)
+runner = dict(max_epochs=6)
 evaluation = dict(interval=2, metric='bbox')
 checkpoint_config = dict(interval=-1)
 log_config = dict(interval=25, hooks=[dict(type='TextLoggerHook')])
