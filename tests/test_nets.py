@@ -1,4 +1,4 @@
-"""Rules that every backbone and neck must keep, each tested once for all that are registered.
+"""Rules that every backbone, neck and pixel decoder must keep, each tested once for all that are registered.
 
 One graph for the compiler and for export; nothing on the wrong device; any size of image; an image gives the same alone and in a batch; the
 layout of memory does not matter; half precision stays finite. Settings are small ones from below, or those of the first golden model of the type.
@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
-from detlearn.core.registry import BACKBONES, NECKS
+from detlearn.core.registry import BACKBONES, NECKS, PLUGIN_LAYERS
 from detlearn.backbones.resnet import ResNet
 from detlearn.layers.fuse import fuse_conv_bn
 from counting import count
@@ -49,10 +49,10 @@ def nets():
         for i, kw in enumerate(SMALL.get(cls.__name__, [])): yield pytest.param(lambda c=cls, k=kw: c(**k), [(2, 3, *SIZE)], True, id=f'{cls.__name__}-{i}')
         if cls.__name__ not in SMALL: yield pytest.param(None, [], True, id=cls.__name__)
     first = {}
-    for case in (p.values[0] for p in CASES): first.setdefault(case['config']['type'], case) if case['kind'] == 'neck' else None
-    for cls in dict.fromkeys(NECKS.values()):
+    for case in (p.values[0] for p in CASES): first.setdefault(case['config']['type'], case) if case['kind'] in ('neck', 'plugin') else None
+    for registry, cls in [(r, c) for r in (NECKS, PLUGIN_LAYERS) for c in dict.fromkeys(r.values())]:
         case = first.get(cls.__name__)
-        if case: yield pytest.param(lambda c=case: NECKS.build(settings(c['config'])), [tuple(i['shape']) for i in case['inputs']], False, id=cls.__name__)
+        if case: yield pytest.param(lambda c=case, r=registry: r.build(settings(c['config'])), [tuple(i['shape']) for i in case['inputs']], False, id=cls.__name__)
 
 
 each = pytest.mark.parametrize('make,shapes,image', list(nets()))
