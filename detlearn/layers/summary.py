@@ -55,7 +55,7 @@ def stages_of(
     "The parts that are called one after the other."
     found = {}
     for name,child in module.named_children():
-        if isinstance(child, nn.ModuleList): found |= stages_of(child, f'{prefix}{name}.')
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)): found |= stages_of(child, f'{prefix}{name}.')
         else: found[prefix+name] = child
     return found
 
