@@ -65,16 +65,28 @@ class MergeCell(nn.Module):
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #fb945967
 class SumCell(MergeCell):
     "The sum of two maps."
-    def join(self, a, b): return a + b
+    def join(self,
+        a, b, # `(B, C, H, W)`, both
+    ):        # `(B, C·widths, H, W)`
+        "Add."
+        return a + b
 
 class GlobalPoolingCell(MergeCell):
     "The second map, plus as much of the first as the second's mean decides."
-    def join(self, a, b): return b + b.mean((2, 3), keepdim=True).sigmoid()*a
+    def join(self,
+        a, b, # `(B, C, H, W)`, both
+    ):        # `(B, C·widths, H, W)`
+        "The mean of the second is a switch for the first."
+        return b + b.mean((2, 3), keepdim=True).sigmoid()*a
 
 class ConcatCell(MergeCell):
     "Both maps in the channels."
     widths = 2
-    def join(self, a, b): return torch.cat([a, b], 1)
+    def join(self,
+        a, b, # `(B, C, H, W)`, both
+    ):        # `(B, C·widths, H, W)`
+        "Side by side."
+        return torch.cat([a, b], 1)
 
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #e9b9416b
 MERGES = ( # name, kind, first, second, level of the size, kept as, with a convolution
