@@ -6,6 +6,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                    'detlearn.apis.cli.browse_config': ('15_apis/cli.html#browse_config', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.demo': ('15_apis/cli.html#demo', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.doctor': ('15_apis/cli.html#doctor', 'detlearn/apis/cli.py'),
+                                   'detlearn.apis.cli.lint': ('15_apis/cli.html#lint', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.main': ('15_apis/cli.html#main', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.overview': ('15_apis/cli.html#overview', 'detlearn/apis/cli.py'),
                                    'detlearn.apis.cli.parse_words': ('15_apis/cli.html#parse_words', 'detlearn/apis/cli.py'),

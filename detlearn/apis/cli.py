@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'COMMANDS', 'as_sentence', 'run_command', 'ready_config', 'train', 'resume_command', 'summary', 'test',
-           'predict', 'bar', 'browse_config', 'demo', 'version_of', 'doctor', 'take_set', 'parse_words', 'overview',
-           'main']
+           'predict', 'bar', 'browse_config', 'demo', 'version_of', 'doctor', 'lint', 'take_set', 'parse_words',
+           'overview', 'main']
 
 # %% ../../nbs/15_apis/04_cli.ipynb #0593210e
 import importlib.metadata, inspect, json, os, platform, shlex, sys, warnings
@@ -206,8 +206,22 @@ def doctor()->dict: # versions and sizes by name
     for k,v in facts.items(): print(f'{k:32} {v}')
     return facts
 
+# %% ../../nbs/15_apis/04_cli.ipynb #652cc1f9
+def lint(
+    path:str,           # a file or folder: COCO json, VOC xml, YOLO data.yaml
+    photos:str=None,    # folder of the photos; default: searched near the annotations
+    out:str=None,       # write all findings to this file, as JSON
+    gallery:str=None,   # write a page of pictures to this file
+    repaired:str=None,  # write a repaired copy to this new COCO file
+    strict:bool=False,  # warnings count, too
+    most:int=10,        # findings of a rule that are printed
+)->int:                 # exit status
+    "Check annotations and photos, with file, line and column of each mistake."
+    from detlearn.data.lint import lint_command
+    return lint_command(path, photos, out, gallery, repaired, strict, most)
+
 # %% ../../nbs/15_apis/04_cli.ipynb #a7ed993f
-COMMANDS = {'demo': demo, 'train': train, 'test': test, 'predict': predict, 'browse-config': browse_config, 'doctor': doctor} # command: function
+COMMANDS = {'demo': demo, 'train': train, 'test': test, 'predict': predict, 'browse-config': browse_config, 'lint': lint, 'doctor': doctor} # command: function
 
 def take_set(
     words:list, # after the command

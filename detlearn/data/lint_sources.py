@@ -206,7 +206,7 @@ def parse_failure(
     file,line,column,text = m.groups() if m else (s.path, 0, 0, text)
     inside = re.search(r'\(line (\d+)\)', text)
     rule = next((r for word,r in (('has no <', 'missing-key'), ('and there are', 'unknown-id'), ("'nan'", 'not-finite'), ("'inf'", 'not-finite'), ("'-inf'", 'not-finite'),
-                 (': nan', 'not-finite'), ('no share', 'box-format'), ('expected a number', 'bad-value'), ('after the class', 'bad-value'),
+                 (': nan', 'not-finite'), (': inf', 'not-finite'), (': -inf', 'not-finite'), ('no share', 'box-format'), ('expected a number', 'bad-value'), ('after the class', 'bad-value'),
                  ('holds a word', 'bad-value'), ('is empty, expected', 'bad-value'), ('leads out', 'leaves-root')) if word in f': {text}'), 'not-parseable')
     s.say(rule, 'error', text, Place(file, int(line or (inside[1] if inside else 0)), int(column or 0)), image=image)
 

@@ -1,0 +1,375 @@
+"Real files in every format agree; the linter finds what is known to be wrong, and every spoiled file gives a sentence."
+import contextlib, copy, csv, io, json, math, os, re, warnings, zipfile
+from pathlib import Path
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+from detlearn.core.shapes import ToyShapes, to_coco
+from detlearn.data.coco import AnnotationError, CocoDataset, decode_masks, use_coco
+from detlearn.data.lint import lint, repair
+from detlearn.data.lint_rules import RULES
+from detlearn.data.voc import VOCDataset, XMLDataset, read_voc, write_voc
+from detlearn.data.yolo import YOLODataset, read_labels, to_annotation, write_yolo
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT.parent/'shared'/'data'
+here = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f'SKIPPED LOUDLY: the real data sets are not here ({PHOTOS}); nothing is said about them')
+
+# ---- the same boxes in many formats
+def by_photo(rows):
+    "{stem: sorted [(name, x1, y1, x2, y2)]}"
+    out = {}
+    for stem,name,*box in rows: out.setdefault(stem, []).append((name, *[float(v) for v in box]))
+    return {k: sorted(v) for k,v in out.items()}
+
+def of_dataset(data):
+    return by_photo((Path(data.data_infos[i]['filename']).stem, data.CLASSES[l], *b) for i in range(len(data)) for k in ('', '_ignore')
+                    for info in [data.get_ann_info(i)] for b,l in zip(info[f'bboxes{k}'], info[f'labels{k}']))
+
+def of_voc_folder(folder):
+    return by_photo((f.stem, o['name'], *o['box']) for f in sorted(Path(folder).glob('*.xml')) for o in read_voc(f)['objects'])
+
+def of_yolo_folder(folder, sizes):
+    names = (folder/'obj.names').read_text().split('\n')[:-1]
+    def rows():
+        for f in (folder/'obj_train_data').glob('*.txt'):
+            for o in read_labels(f, len(names)):
+                a = to_annotation(o, *sizes[f.stem]); x,y,w,h = a['bbox']; yield f.stem,names[a['category_id']-1],x,y,x+w,y+h
+    return by_photo(rows())
+
+def of_cvat(path):
+    from detlearn.data.voc import read_xml
+    import defusedxml.ElementTree as ET
+    return by_photo((Path(im.get('name')).stem, b.get('label'), *[b.get(k) for k in ('xtl', 'ytl', 'xbr', 'ybr')]) for im in ET.parse(path).getroot().iter('image') for b in im.iter('box'))
+
+def of_openimages(path, sizes):
+    num = lambda r, k: float(r[k].replace(',', '.'))
+    def rows():
+        for r in csv.DictReader(open(path)):
+            w,h = sizes[Path(r['ImageID']).stem]; yield Path(r['ImageID']).stem,r['LabelName'],num(r, 'XMin')*w,num(r, 'YMin')*h,num(r, 'XMax')*w,num(r, 'YMax')*h
+    return by_photo(rows())
+
+FORMATS = PHOTOS/'annotation_formats'/'gts'
+
+@pytest.fixture(scope='module')
+def reference(): return of_voc_folder(FORMATS/'pascalvoc_format')
+
+@pytest.fixture(scope='module')
+def sizes(): return {f.stem: (v['width'], v['height']) for f in (FORMATS/'pascalvoc_format').glob('*.xml') for v in [read_voc(f)]}
+
+def of_coco(path): return of_dataset(CocoDataset(path, [], test_mode=True))
+
+READERS = {'coco_format_v1': lambda f, s: of_coco(f/'instances_default.json'), 'coco_format_v2': lambda f, s: of_coco(f/'instances_v2.json'),
+           'imagenet_format': lambda f, s: of_voc_folder(f/'Annotations'), 'yolo_format': of_yolo_folder,
+           'cvat_format': lambda f, s: of_cvat(f/'annotations.xml'), 'openimages_format': lambda f, s: of_openimages(f/'all_bounding_boxes.csv', s)}
+
+@here
+@pytest.mark.parametrize('name', READERS)
+def test_formats_agree_box_by_box(name, reference, sizes):
+    found = READERS[name](FORMATS/name, sizes)
+    assert found.keys() == reference.keys() and len(found) == 100
+    assert sum(map(len, found.values())) == sum(map(len, reference.values())) == 273
+    for stem,rows in reference.items():
+        for a,b in zip(rows, found[stem]):
+            assert a[0] == b[0], (stem, a, b)
+            np.testing.assert_allclose(a[1:], b[1:], atol=.01, err_msg=f'{name} {stem}')
+
+@here
+def test_reader_and_origin(reference, tmp_path):
+    (tmp_path/'Annotations').symlink_to(FORMATS/'pascalvoc_format')
+    for origin in (0, 1):
+        found = of_dataset(VOCDataset(None, [], img_prefix=str(tmp_path), origin=origin, test_mode=True))
+        for stem,rows in reference.items():
+            for a,b in zip(rows, found[stem]): np.testing.assert_allclose(np.array(a[1:]) - origin, b[1:])
+
+# ---- counts of the READMEs
+SETS = {'bccd/train.json': (205, 2804), 'bccd/val.json': (87, 1137), 'bccd/test.json': (72, 945), 'bccd/trainval.json': (292, 3941),
+        'fruits_nuts/train.json': (14, 130), 'fruits_nuts/val.json': (4, 35), 'fruits_nuts/trainval_original.json': (18, 165),
+        'nuclei_dsb2018/train.json': (96, 3365), 'nuclei_dsb2018/val.json': (32, 679), 'trees_neon/train.json': (1, 279), 'trees_neon/val.json': (2, 98),
+        'trees_neon/polygons_sample.json': (1, 4), 'coco_eval_reference/padilla_sampled_gts_bbox_area.json': (100, 830)}
+
+@here
+@pytest.mark.parametrize('name', SETS)
+def test_counts_and_pycocotools(name):
+    "Counts as written down; pycocotools and our reader agree on boxes, areas, crowds and masks."
+    data = CocoDataset(PHOTOS/name, [], test_mode=True)
+    with contextlib.redirect_stdout(io.StringIO()): theirs = COCO(str(PHOTOS/name))
+    assert (len(data), len(data.rows)) == SETS[name]
+    ids = [im['id'] for im in data.data_infos]
+    by_image = {i: theirs.imgToAnns[i] for i in ids}
+    for k,(lo,hi) in enumerate(zip(data.ends, data.ends[1:])):
+        rows,anns = data.rows[lo:hi],by_image[ids[k]]
+        assert rows['box'].tolist() == [a['bbox'] for a in anns] and rows['area'].tolist() == [a['area'] for a in anns]
+        assert rows['crowd'].tolist() == [bool(a.get('iscrowd')) for a in anns]
+        assert [data.cat_ids[l] for l in rows['label']] == [a['category_id'] for a in anns]
+        if k < 6 and anns and anns[0].get('segmentation'):
+            im = data.data_infos[k]; ours = decode_masks(data.segmentations[lo:hi], im['height'], im['width'])
+            assert all((m == theirs.annToMask(a)).all() for m,a in zip(ours, anns))
+
+@here
+def test_bccd_xml_agrees_with_its_json():
+    voc = of_voc_folder(PHOTOS/'bccd'/'annotations_voc')
+    assert len(voc) == 364 and sum(map(len, voc.values())) == 4888
+    found = {k: v for s in ('train', 'val', 'test') for k,v in of_dataset(CocoDataset(PHOTOS/f'bccd/{s}.json', [], test_mode=True)).items()}
+    for stem,rows in found.items(): assert rows == [r for r in voc[stem] if r[1:3] != r[3:5]]
+    from collections import Counter
+    assert Counter(r[0] for rows in voc.values() for r in rows) == dict(RBC=4155, WBC=372, Platelets=361)
+
+@here
+def test_trees_xml():
+    found = read_voc(PHOTOS/'trees_neon/annotations_original/OSBS_029.xml'); assert len(found['objects']) == 61
+    assert len(read_voc(PHOTOS/'trees_neon/annotations_original/2019_YELL_2_541000_4977000_image_crop.xml')['objects']) == 279
+
+# ---- the linter on real files
+@pytest.fixture(scope='module')
+def bccd(): return lint(PHOTOS/'bccd/annotations_voc', PHOTOS/'bccd/images')
+
+def named(report, rule): return sorted(re.search(r'(\d{5})', f.image)[1] for f in report.findings if f.rule == rule)
+
+@here
+def test_linter_finds_the_errors_that_are_known(bccd):
+    assert named(bccd, 'empty-box') == ['00338', '00343']
+    assert named(bccd, 'duplicate-object') == ['00020', '00100', '00104', '00251', '00284', '00331', '00403']
+    large = ['00008', '00009', '00035', '00042', '00139', '00140', '00143', '00241', '00294', '00325', '00336', '00339', '00362', '00405', '00409']
+    wrong_class = ['00113', '00133', '00135']
+    assert set(large + wrong_class) <= set(named(bccd, 'absurd-size'))
+    serious = [f for f in bccd.findings if f.rule == 'absurd-size' and f.severity == 'warning']
+    assert set(wrong_class) <= {re.search(r'(\d{5})', f.image)[1] for f in serious} and len(serious) <= 5
+    assert {f.rule for f in bccd.findings} == {'empty-box', 'duplicate-object', 'absurd-size'}   # and nothing that is not there
+    zero = next(f for f in bccd.findings if '00338' in f.image and f.rule == 'empty-box')
+    assert '<object>' in Path(zero.place.file).read_text().splitlines()[zero.place.line-1]
+
+@here
+@pytest.mark.parametrize('notes', [False, True])
+def test_linter_is_silent_on_the_repaired_copy(bccd, tmp_path, notes):
+    before = (PHOTOS/'bccd/annotations_voc/BloodImage_00338.xml').read_bytes()
+    after = repair(bccd.sources[0], tmp_path/'good.json', notes=notes)
+    assert after.count['error'] == after.count['warning'] == 0 and (not notes or len(after) == 0), str(after)
+    assert (PHOTOS/'bccd/annotations_voc/BloodImage_00338.xml').read_bytes() == before
+    assert len(json.loads((tmp_path/'good.json').read_text())['annotations']) >= 4888 - 2 - 7*notes
+
+@here
+def test_linter_on_the_other_sets():
+    rules = lambda p, photos=None: {f.rule for f in lint(PHOTOS/p, photos and PHOTOS/photos).findings if f.severity != 'note'}
+    assert rules('nuclei_dsb2018/train.json') == set() == rules('nuclei_dsb2018/val.json')     # run lengths with iscrowd 0 are fine
+    assert rules('fruits_nuts/train.json') == rules('fruits_nuts/val.json') == set()
+    original = lint(PHOTOS/'fruits_nuts/trainval_original.json'); assert 'image-ids' in {f.rule for f in original.findings} and original.ok
+    assert rules('trees_neon/annotations_original/OSBS_029.xml', 'trees_neon/images') == {'name-differs'}
+    assert rules('annotation_formats/gts/pascalvoc_format') == set()
+
+# ---- there and back
+@pytest.fixture(scope='module')
+def toys(tmp_path_factory):
+    root = tmp_path_factory.mktemp('toys'); file = to_coco(ToyShapes(12, (160, 120), min_objects=2, seed=1), root); return root,file
+
+def test_round_trips(toys, tmp_path):
+    root,file = toys; data = CocoDataset(file, [], img_prefix=str(root/'images')); whole = of_dataset(data)
+    for folder,write,read in (('v', write_voc, lambda p: XMLDataset(p, [], img_prefix=str(tmp_path/'v'))), ('y', write_yolo, lambda p: YOLODataset(p, []))):
+        path = write(data, tmp_path/folder); place = tmp_path/folder/('JPEGImages' if folder == 'v' else 'images/train'); place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(root/'images'); again = read(path); back = of_dataset(again)
+        assert back.keys() == whole.keys()
+        for k in whole:
+            assert [r[0] for r in back[k]] == [r[0] for r in whole[k]]; np.testing.assert_allclose([r[1:] for r in back[k]], [r[1:] for r in whole[k]], atol=1e-4)
+        texts = {p: p.read_bytes() for p in (tmp_path/folder).rglob('*') if p.is_file() and p.suffix in ('.xml', '.txt', '.yaml')}
+        write(again, tmp_path/folder); assert texts == {p: p.read_bytes() for p in texts}
+
+def test_evaluation_takes_voc(toys, tmp_path):
+    from detlearn.evaluation.coco_eval import evaluate
+    root,file = toys; write_voc(CocoDataset(file, []), tmp_path); (tmp_path/'JPEGImages').symlink_to(root/'images')
+    voc = XMLDataset(None, [], img_prefix=str(tmp_path)); coco = voc.coco
+    perfect = [dict(image_id=a['image_id'], category_id=a['category_id'], bbox=a['bbox'], score=.9) for a in coco['annotations']]
+    assert evaluate(coco, perfect, voc.CLASSES)['AP'] > .999
+
+# ---- spoiled files: each mutation gives its rule and its place
+def ann(i, **kw): return lambda c: c['annotations'][i].update(kw)
+def img(i, **kw): return lambda c: c['images'][i].update(kw)
+def cat(i, **kw): return lambda c: c['categories'][i].update(kw)
+def drop(kind, i, key): return lambda c: c[kind][i].pop(key)
+def put(kind, i, v): return lambda c: c[kind].__setitem__(i, v)
+def corners(c):
+    for a in c['annotations']: x,y,w,h = a['bbox']; a['bbox'] = [x, y, x+w, y+h]; a.pop('segmentation')
+def normalised(c):
+    for a in c['annotations']: x,y,w,h = a['bbox']; a['bbox'] = [x/160, y/120, w/160, h/120]; a.pop('segmentation')
+def twice(shift): return lambda c: c['annotations'].append(dict(c['annotations'][5], id=900, bbox=[c['annotations'][5]['bbox'][0]+shift, *c['annotations'][5]['bbox'][1:]]))
+def clear(c): c['annotations'].clear()
+def nobox(i, box): return lambda c: (c['annotations'][i].pop('segmentation'), c['annotations'][i].update(bbox=box))
+
+COCO_CASES = {  # name: (mutation of the lists, rule, pointer)
+    'box-zero-width': (nobox(2, [5, 5, 0, 9]), 'empty-box', '/annotations/2/bbox'), 'box-zero-height': (nobox(2, [5, 5, 9, 0]), 'empty-box', '/annotations/2/bbox'),
+    'box-negative': (nobox(2, [50, 50, -9, -9]), 'empty-box', '/annotations/2/bbox'), 'box-one-pixel': (nobox(2, [5, 5, 1, 1]), 'tiny-box', '/annotations/2/bbox'),
+    'box-half-pixel': (nobox(2, [5, 5, 20, .5]), 'tiny-box', '/annotations/2/bbox'), 'box-right-of-image': (nobox(2, [161, 5, 9, 9]), 'outside-image', '/annotations/2/bbox'),
+    'box-below-image': (nobox(2, [5, 500, 9, 9]), 'outside-image', '/annotations/2/bbox'), 'box-left-of-image': (nobox(2, [-30, 5, 9, 9]), 'outside-image', '/annotations/2/bbox'),
+    'box-above-image': (nobox(2, [5, -30, 9, 9]), 'outside-image', '/annotations/2/bbox'), 'box-sticks-out-right': (nobox(2, [140, 5, 40, 40]), 'sticks-out', '/annotations/2/bbox'),
+    'box-sticks-out-left': (nobox(2, [-10, 5, 40, 40]), 'sticks-out', '/annotations/2/bbox'), 'box-nan': (ann(2, bbox=[5, float('nan'), 9, 9]), 'not-finite', '/annotations/2/bbox'),
+    'box-infinite': (ann(2, bbox=[5, 5, float('inf'), 9]), 'not-finite', '/annotations/2/bbox'), 'box-three-numbers': (ann(2, bbox=[1, 2, 3]), 'bad-value', '/annotations/2/bbox'),
+    'box-text': (ann(2, bbox='1 2 3 4'), 'bad-value', '/annotations/2/bbox'), 'box-of-texts': (ann(2, bbox=['1', '2', '3', '4']), 'bad-value', '/annotations/2/bbox'),
+    'box-null': (ann(2, bbox=None), 'bad-value', '/annotations/2/bbox'), 'box-dict': (ann(2, bbox=dict(x=1)), 'bad-value', '/annotations/2/bbox'),
+    'box-missing': (drop('annotations', 2, 'bbox'), 'missing-key', '/annotations/2'), 'one-box-normalised': (nobox(2, [.5, .5, .2, .2]), 'box-format', '/annotations/2/bbox'),
+    'all-boxes-corners': (corners, 'box-format', None), 'all-boxes-normalised': (normalised, 'box-format', '/annotations/0/bbox'),
+    'image-id-unknown': (ann(2, image_id=99), 'unknown-id', '/annotations/2/image_id'), 'image-id-missing': (drop('annotations', 2, 'image_id'), 'missing-key', '/annotations/2/image_id'),
+    'image-id-list': (ann(2, image_id=[1]), 'bad-value', '/annotations/2/image_id'), 'image-id-float': (ann(2, image_id=1.5), 'bad-value', '/annotations/2/image_id'),
+    'category-id-unknown': (ann(2, category_id=9), 'unknown-id', '/annotations/2/category_id'), 'category-id-zero': (ann(2, category_id=0), 'unknown-id', '/annotations/2/category_id'),
+    'category-id-missing': (drop('annotations', 2, 'category_id'), 'missing-key', '/annotations/2/category_id'), 'category-id-name': (ann(2, category_id='circle'), 'unknown-id', '/annotations/2/category_id'),
+    'annotation-id-twice': (ann(2, id=1), 'duplicate-id', '/annotations/2/id'), 'annotation-id-null': (ann(2, id=None), 'bad-value', '/annotations/2/id'),
+    'annotation-is-a-list': (put('annotations', 2, [1]), 'bad-value', '/annotations/2'), 'annotation-is-null': (put('annotations', 2, None), 'bad-value', '/annotations/2'),
+    'object-twice': (twice(0), 'duplicate-object', None), 'object-nearly-twice': (twice(.5), 'duplicate-object', None), 'object-huge': (lambda c: (nobox(2, [0, 0, 160, 120])(c), [a.update(category_id=1) for a in c['annotations']]), 'absurd-size', '/annotations/2/bbox'),
+    'mask-of-two-points': (ann(2, segmentation=[[1, 2, 3, 4]]), 'bad-mask', '/annotations/2/segmentation'), 'mask-odd': (ann(2, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), 'bad-mask', '/annotations/2/segmentation'),
+    'mask-text': (ann(2, segmentation='x'), 'bad-mask', '/annotations/2/segmentation'), 'mask-nan': (ann(2, segmentation=[[1, 2, 3, 4, 5, float('nan')]]), 'bad-mask', '/annotations/2/segmentation'),
+    'mask-other-size': (ann(2, segmentation=dict(size=[5, 5], counts=[25])), 'bad-mask', '/annotations/2/segmentation'), 'mask-wrong-sum': (ann(2, segmentation=dict(size=[120, 160], counts=[3])), 'bad-mask', '/annotations/2/segmentation'),
+    'mask-elsewhere': (nobox(2, [100, 100, 12, 12]), None, None), 'image-id-twice': (img(2, id=1), 'duplicate-id', '/images/2/id'), 'image-without-id': (drop('images', 2, 'id'), 'missing-key', '/images/2/id'),
+    'image-id-0': (lambda c: (img(0, id=0)(c), [a.update(image_id=0) for a in c['annotations'] if a['image_id'] == 1]), 'image-ids', '/images/0/id'),
+    'image-name-missing': (drop('images', 2, 'file_name'), 'missing-key', '/images/2/file_name'), 'image-name-number': (img(2, file_name=7), 'bad-value', '/images/2/file_name'),
+    'image-name-empty': (img(2, file_name=' '), 'leaves-root', '/images/2/file_name'), 'image-name-up': (img(2, file_name='../../etc/passwd'), 'leaves-root', '/images/2/file_name'),
+    'image-name-absolute': (img(2, file_name='/etc/passwd'), 'leaves-root', '/images/2/file_name'), 'image-name-drive': (img(2, file_name='C:\\x.png'), 'leaves-root', '/images/2/file_name'),
+    'image-name-backslash': (img(2, file_name='a\\..\\..\\x.png'), 'leaves-root', '/images/2/file_name'), 'image-name-twice': (img(2, file_name='train_00001.png'), 'duplicate-image', '/images/2/file_name'),
+    'image-missing': (img(2, file_name='gone.png'), 'missing-file', '/images/2/file_name'), 'image-name-long': (img(2, file_name='x'*5000), 'missing-file', '/images/2/file_name'),
+    'image-width-missing': (drop('images', 2, 'width'), 'missing-key', '/images/2/width'), 'image-width-text': (img(2, width='160'), 'bad-value', '/images/2/width'),
+    'image-height-zero': (img(2, height=0), 'bad-value', '/images/2/height'), 'image-height-nan': (img(2, height=float('nan')), 'not-finite', '/images/2/height'),
+    'image-size-wrong': (img(2, width=320, height=240), 'wrong-size', '/images/2/file_name'), 'image-size-swapped': (img(2, width=120, height=160), 'wrong-size', '/images/2/file_name'),
+    'image-size-bomb': (img(2, width=2**30, height=2**30), 'image-bomb', '/images/2/file_name'), 'class-twice': (cat(1, id=1), 'duplicate-id', '/categories/1/id'),
+    'class-by-case': (cat(1, name='Circle'), 'category-names', '/categories/1/name'), 'class-by-blank': (cat(1, name='circle '), 'category-names', '/categories/1/name'),
+    'class-trailing-blank': (cat(1, name=' square'), 'category-names', '/categories/1/name'), 'class-without-name': (drop('categories', 1, 'name'), 'missing-key', '/categories/1/name'),
+    'class-name-null': (cat(1, name=None), 'bad-value', '/categories/1/name'), 'class-unused': (lambda c: c['categories'].append(dict(id=4, name='hat')), 'no-objects', '/categories/3/name'),
+    'class-ids-with-gap': (lambda c: (c['categories'].append(dict(id=9, name='hat'))), 'category-ids', '/categories/0/id'), 'no-objects': (clear, 'no-objects', None),
+    'objects-missing': (lambda c: c.pop('annotations'), 'missing-key', None), 'images-missing': (lambda c: c.pop('images'), 'missing-key', None),
+    'classes-missing': (lambda c: c.pop('categories'), 'missing-key', None), 'images-a-dict': (lambda c: c.update(images={}), 'missing-key', None)}
+COCO_CASES.pop('mask-elsewhere')
+
+@pytest.mark.parametrize('name', COCO_CASES)
+def test_spoiled_coco(name, toys, tmp_path):
+    change,rule,pointer = COCO_CASES[name]; root,file = toys
+    coco = json.loads(file.read_text()); change(coco); path = tmp_path/'bad.json'; path.write_text(json.dumps(coco, indent=1))
+    report = lint(path, root/'images'); hits = [f for f in report.findings if f.rule == rule]
+    assert hits, str(report)
+    if pointer:
+        assert pointer in {f.place.pointer for f in hits}
+        place = next(f.place for f in hits if f.place.pointer == pointer); line = path.read_text().splitlines()[place.line-1]
+        if pointer.count('/') == 3 and f'"{pointer.split("/")[-1]}"' in path.read_text().split('"annotations"')[0] + line: assert line.strip().startswith(f'"{pointer.split("/")[-1]}"') or 'missing' in hits[0].message
+    else: assert hits[0].place.line >= 1
+    if rule not in ('no-objects', 'missing-key', 'image-bomb') or 'missing' not in name:                    # and the repaired copy is silent
+        after = repair(report.sources[0], tmp_path/'good.json')
+        assert rule in ('category-ids', 'no-objects', 'missing-key', 'image-bomb', 'image-ids') or rule not in {f.rule for f in after.findings if f.severity != 'note'}, str(after)
+    try: use_coco(json.loads(path.read_text()), path)                                                      # the reader: a sentence or nothing
+    except AnnotationError: pass
+
+def text_case(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+@pytest.mark.parametrize('name, change', {'empty': lambda b: b'', 'blank': lambda b: b' \n', 'cut-half': lambda b: b[:len(b)//2], 'cut-last': lambda b: b[:-1], 'comma': lambda b: b.replace(b'], ', b'],, ', 1),
+    'xml': lambda b: b'<annotation/>', 'binary': lambda b: b'\x89PNG\xff\xfe' + b, 'deep': lambda b: b'['*100000, 'list': lambda b: b'[]', 'number': lambda b: b'7', 'huge-number': lambda b: b'9'*5000, 'null': lambda b: b'null'}.items())
+def test_unparseable_coco(name, change, toys, tmp_path):
+    path = tmp_path/'bad.json'; path.write_bytes(change(toys[1].read_bytes()))
+    report = lint(path); assert [f.rule for f in report.findings][:1] == ['not-parseable'] and not report.ok and report.findings[0].place.file == str(path)
+    with pytest.raises(AnnotationError): CocoDataset(path, [])
+
+# ---- photos
+def photo_cases():
+    def exif(p): note = Image.Exif(); note[0x112] = 6; Image.new('RGB', (160, 120)).save(p, exif=note)
+    return {'empty': (lambda p: p.write_bytes(b''), 'unreadable-image'), 'html': (lambda p: p.write_text('<html>'), 'unreadable-image'), 'cut': (lambda p: p.write_bytes(p.read_bytes()[:600]), 'unreadable-image'),
+            'other-size': (lambda p: Image.new('RGB', (99, 99)).save(p), 'wrong-size'), 'exif': (exif, 'exif-rotation'), 'bomb': (lambda p: Image.new('1', (20000, 10000)).save(p), 'image-bomb'),
+            'copy': (lambda p: p.write_bytes((p.parent/'train_00001.png').read_bytes()), 'duplicate-image'), 'gone': (lambda p: p.unlink(), 'missing-file'), 'folder': (lambda p: (p.unlink(), p.mkdir()), 'missing-file')}
+
+@pytest.mark.parametrize('name', photo_cases())
+def test_spoiled_photo(name, tmp_path):
+    change,rule = photo_cases()[name]; file = to_coco(ToyShapes(3, (160, 120), seed=1), tmp_path); change(tmp_path/'images'/'train_00000.png')
+    hits = [f for f in lint(file).findings if f.rule == rule]
+    assert hits and {'train_00000.png', 'train_00001.png'} & {f.image for f in hits} and hits[0].place.pointer.startswith('/images/')
+
+def test_leakage_and_gallery(tmp_path):
+    for s in ('train', 'val'): to_coco(ToyShapes(2, 64, sizes=(12, 20), seed=1), tmp_path, s)
+    report = lint(tmp_path); assert [f.rule for f in report.findings if f.severity == 'error'] == ['leakage']*2
+
+# ---- VOC and YOLO
+XML = '''<annotation><filename>a.png</filename><size><width>160</width><height>120</height></size>
+<object><name>cat</name><bndbox><xmin>11</xmin><ymin>12</ymin><xmax>41</xmax><ymax>52</ymax></bndbox></object>
+<object><name>dog</name><bndbox><xmin>61</xmin><ymin>12</ymin><xmax>91</xmax><ymax>52</ymax></bndbox></object>
+</annotation>'''
+BOMB = '<!DOCTYPE a [<!ENTITY b "x">' + ''.join(f'<!ENTITY {chr(99+i)} "{f"&{chr(98+i)};"*10}">' for i in range(8)) + ']><annotation>&j;</annotation>'
+VOC_CASES = {'cut': (lambda t: t[:120], 'not-parseable', 2), 'empty': (lambda t: '', 'not-parseable', 0), 'text': (lambda t: 'hello', 'not-parseable', 1), 'bomb': (lambda t: BOMB, 'not-parseable', 0),
+    'external': (lambda t: '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation>&b;</annotation>', 'not-parseable', 0), 'no-size': (lambda t: re.sub('<size>.*</size>', '', t), 'missing-key', 1),
+    'no-name': (lambda t: t.replace('<name>dog</name>', ''), 'missing-key', 3), 'empty-name': (lambda t: t.replace('dog', ''), 'bad-value', 3), 'no-box': (lambda t: re.sub('<bndbox><xmin>61.*</bndbox>', '', t), 'missing-key', 3),
+    'no-xmax': (lambda t: t.replace('<xmax>91</xmax>', ''), 'missing-key', 3), 'word': (lambda t: t.replace('>91<', '>ninety<'), 'bad-value', 3), 'nan': (lambda t: t.replace('>91<', '>nan<'), 'not-finite', 3),
+    'infinite': (lambda t: t.replace('>91<', '>inf<'), 'not-finite', 3), 'swapped': (lambda t: t.replace('>91<', '>51<'), 'empty-box', 3), 'zero': (lambda t: t.replace('>91<', '>61<'), 'empty-box', 3),
+    'outside': (lambda t: t.replace('>61<', '>261<').replace('>91<', '>291<'), 'outside-image', 3), 'sticks-out': (lambda t: t.replace('>91<', '>291<'), 'sticks-out', 3),
+    'case': (lambda t: t.replace('dog', 'Cat'), 'category-names', 0), 'other-photo': (lambda t: t.replace('a.png', 'b.tif'), 'name-differs', 1), 'wrong-size': (lambda t: t.replace('>160<', '>640<'), 'wrong-size', 1),
+    'top': (lambda t: t.replace('annotation>', 'annotations>'), 'not-parseable', 1), 'width-word': (lambda t: t.replace('>160<', '>wide<'), 'bad-value', 1)}
+
+@pytest.mark.parametrize('name', VOC_CASES)
+def test_spoiled_voc(name, tmp_path):
+    change,rule,line = VOC_CASES[name]
+    for d in ('Annotations', 'JPEGImages'): (tmp_path/d).mkdir()
+    Image.effect_noise((160, 120), 50).convert('RGB').save(tmp_path/'JPEGImages'/'a.png'); path = tmp_path/'Annotations'/'a.xml'
+    path.write_text(XML); assert not len(lint(tmp_path)), str(lint(tmp_path))
+    path.write_text(change(XML)); hits = [f for f in lint(tmp_path).findings if f.rule == rule]
+    assert hits and (line == 0 or line in {f.place.line for f in hits}), str(lint(tmp_path))
+    try: XMLDataset(None, [], img_prefix=str(tmp_path), test_mode=True)
+    except AnnotationError as e: assert 'a.xml' in str(e)
+
+GOOD = '0 .5 .5 .25 .25\n1 .2 .3 .2 .3\n'
+YOLO_CASES = {'class-high': ('7 .5 .5 .2 .2', 'unknown-id'), 'class-word': ('cat .5 .5 .2 .2', 'bad-value'), 'class-negative': ('-1 .5 .5 .2 .2', 'bad-value'), 'three': ('0 .5 .5 .2', 'bad-value'), 'five': ('0 .5 .5 .2 .2 .9', 'bad-value'),
+    'word': ('0 .5 .5 x .2', 'bad-value'), 'pixels': ('0 80 60 20 20', 'box-format'), 'nan': ('0 .5 nan .2 .2', 'not-finite'), 'infinite': ('0 .5 inf .2 .2', 'not-finite'), 'zero': ('0 .5 .5 0 .2', 'empty-box'),
+    'outside': ('0 1.5 .5 .2 .2', 'outside-image'), 'sticks-out': ('0 .95 .5 .3 .3', 'sticks-out'), 'twice': ('0 .5 .5 .25 .25', 'duplicate-object'), 'click': ('0 .5 .5 .001 .001', 'tiny-box')}
+
+@pytest.mark.parametrize('name', YOLO_CASES)
+def test_spoiled_yolo(name, tmp_path):
+    line,rule = YOLO_CASES[name]
+    for d in ('images/train', 'labels/train'): (tmp_path/d).mkdir(parents=True)
+    Image.effect_noise((160, 120), 50).convert('RGB').save(tmp_path/'images/train/a.png'); (tmp_path/'data.yaml').write_text('names: [cat, dog]\ntrain: images/train\n')
+    path = tmp_path/'labels/train/a.txt'; path.write_text(GOOD); assert not len(lint(tmp_path)), str(lint(tmp_path))
+    path.write_text(GOOD + line + '\n'); hits = [f for f in lint(tmp_path).findings if f.rule == rule]
+    assert hits and hits[0].place.file == str(path) and hits[0].place.line == 3, str(lint(tmp_path))
+    try: YOLODataset(tmp_path/'data.yaml', [], test_mode=True)
+    except AnnotationError as e: assert 'a.txt:3' in str(e)
+
+def test_the_corpus_is_large_enough():
+    assert len(COCO_CASES) + len(VOC_CASES) + len(YOLO_CASES) + len(photo_cases()) + 12 >= 100
+    named = {r for _,r,_ in [*COCO_CASES.values(), *VOC_CASES.values()]} | {r for _,r in [*YOLO_CASES.values(), *photo_cases().values()]} | {'leakage', 'unlabelled-images', 'not-parseable'}
+    assert set(RULES) <= named, set(RULES) - named
+
+# ---- fuzz: never another exception than the project's own
+fuzz = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+leaf = st.one_of(st.none(), st.booleans(), st.integers(-5, 200), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(['a.png', 'cat', '../x', 1e308, -1, 10**400]))
+value = st.recursive(leaf, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.sampled_from(['id', 'bbox', 'size', 'counts', 'x']), v, max_size=3), max_leaves=6)
+entry = lambda **keys: st.fixed_dictionaries({}, optional={k: st.one_of(st.just(v), value) for k,v in keys.items()}) | value
+lists = st.fixed_dictionaries({}, optional=dict(images=st.lists(entry(id=1, file_name='a.png', width=64, height=64), max_size=3) | value,
+    categories=st.lists(entry(id=1, name='cat'), max_size=3) | value, annotations=st.lists(entry(id=1, image_id=1, category_id=1, bbox=[1, 2, 30, 30], area=9, iscrowd=0, ignore=0, segmentation=[[1, 1, 9, 1, 9, 9]]), max_size=4) | value))
+
+def only_own(f, *args, **kw):
+    with warnings.catch_warnings(action='ignore'), contextlib.redirect_stdout(io.StringIO()):
+        try: return f(*args, **kw)
+        except AnnotationError as e: assert str(e)
+
+@fuzz
+@given(lists | value)
+def test_fuzz_coco(tmp_path_factory, coco):
+    path = tmp_path_factory.getbasetemp()/'fuzz.json'; path.write_text(json.dumps(coco))
+    only_own(CocoDataset, path, [])
+    data = only_own(CocoDataset, path, [], test_mode=True)
+    if data is not None: [data.get_ann_info(i) for i in range(len(data))]
+    with warnings.catch_warnings(action='ignore'):
+        report = lint(path); json.dumps(report.as_dict(), allow_nan=False); str(report)
+
+@fuzz
+@given(st.binary(max_size=60) | st.lists(st.sampled_from([*re.findall(r'<[^>]*>|[^<]+', XML), '&x;', '<!DOCTYPE a [', ']>', '<![CDATA[', '\x00', 'nan', '-1', '1e999', '<object', '\xff']), max_size=40).map(lambda p: ''.join(p).encode()),
+       st.integers(0, 400), st.integers(0, 30))
+def test_fuzz_voc(tmp_path_factory, junk, at, cut):
+    root = tmp_path_factory.getbasetemp()/'fuzz_voc'; (root/'Annotations').mkdir(parents=True, exist_ok=True); data = XML.encode()
+    for text in (junk, data[:at] + junk[:20] + data[at+cut:]):
+        (root/'Annotations'/'a.xml').write_bytes(text)
+        try: only_own(XMLDataset, None, [], img_prefix=str(root), test_mode=True)
+        except FileNotFoundError as e: assert 'there is no such file' in str(e)                             # no size: the photo is asked
+        str(lint(root))
+
+@fuzz
+@given(st.binary(max_size=40) | st.lists(st.sampled_from(['0', '1', '.5', '-1', 'nan', 'inf', '1e999', 'x', ' ', '\n', '\t', '9'*400, '\x00', '٣', '²']), max_size=30).map(lambda p: ' '.join(p).encode()), st.text(max_size=20))
+def test_fuzz_yolo(tmp_path_factory, labels, names):
+    root = tmp_path_factory.getbasetemp()/'fuzz_yolo'
+    for d in ('images/train', 'labels/train'): (root/d).mkdir(parents=True, exist_ok=True)
+    if not (root/'images/train/a.png').exists(): Image.new('RGB', (64, 64)).save(root/'images/train/a.png')
+    (root/'labels/train/a.txt').write_bytes(labels); (root/'data.yaml').write_text('names: [cat, dog]\ntrain: images/train\n')
+    only_own(YOLODataset, root/'data.yaml', [], test_mode=True); str(lint(root))
+    (root/'data.yaml').write_text(f'names: {names}\ntrain: images/train\n', encoding='utf-8', errors='replace')
+    only_own(YOLODataset, root/'data.yaml', [], test_mode=True); str(lint(root/'data.yaml'))
