@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from detlearn.core.boxes import box_iou
 from detlearn.core.registry import BBOX_CODERS
-from detlearn.targets.iou import best_overlaps, claimed_by
+from detlearn.targets.iou import best_overlaps, claimed_by, columns, taking_part
 
 common = settings(max_examples=25, deadline=None)
 numbers = st.integers(0, 2**31-1)
@@ -67,10 +67,12 @@ def test_blocks_give_the_table(seed, lead, G, P, pairs):
     code = torch.arange(G+1)[:, None]
     rows = torch.cat([top.new_full((*lead, 1), -1), top], -1)[..., None]
     claim = ((nobody == rows) & (rows >= 0)) * code
-    for size in (pairs, 2**18):
-        found = best_overlaps(gt, priors, real, valid, pairs=size)
+    fill = lambda p: taking_part(box_iou(gt, priors[p]), real, valid[..., p])
+    for size in (pairs, None):
+        parts = columns(priors, G, size)
+        found = best_overlaps(fill, parts)
         for got, want in ((found.best, best), (found.owner, owner), (found.top, top)): assert torch.equal(got, want)
-        assert torch.equal(claimed_by(gt, priors, found, real=real, valid=valid, pairs=size), claim.amax(-2))
+        assert torch.equal(claimed_by(fill, parts, found), claim.amax(-2))
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
@@ -78,12 +80,14 @@ def test_memory_without_the_table():
     "Both passes over 200,000 priors and 500 objects stay under 200 MB above the inputs; the table alone would be 381 MB."
     program = '''
 import torch
-from detlearn.targets.iou import best_overlaps, claimed_by
+from detlearn.core.boxes import box_iou
+from detlearn.targets.iou import best_overlaps, claimed_by, columns
 from detlearn.core.shapes import random_boxes
 peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])/1024
 priors, objects = random_boxes(200_000, 2000, (16, 400), (1, 2)), random_boxes(500, 2000, (16, 400), seed=1)
-best_overlaps(objects[:9], priors[:9]); before = peak()
-found = best_overlaps(objects, priors); claimed_by(objects, priors, found)
+fill, parts = lambda part: box_iou(objects, priors[part]), columns(priors, 500)
+best_overlaps(fill, parts[:1]); before = peak()
+claimed_by(fill, parts, best_overlaps(fill, parts))
 print(peak() - before)
 '''
     assert float(subprocess.check_output([sys.executable, '-c', program])) < 200

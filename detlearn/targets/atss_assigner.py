@@ -11,7 +11,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, box_centers
-from .max_iou_assigner import BaseAssigner, columns, crowd_share, pack
+from .iou import columns
+from .max_iou_assigner import BaseAssigner, crowd_share, pack
 
 # %% ../../nbs/06_targets/04_atss_assigner.ipynb #697c1520
 def prior_points(

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_area, box_centers
-from .max_iou_assigner import BaseAssigner, columns, pack
+from .iou import columns
+from .max_iou_assigner import BaseAssigner, pack
 
 # %% ../../nbs/06_targets/07_center_region_assigner.ipynb #4910d75f
 def scale_boxes(

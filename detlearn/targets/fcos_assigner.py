@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult
 from ..core.boxes import box_area, box_centers
-from .max_iou_assigner import BaseAssigner, columns, pack
+from .iou import columns
+from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points
 
 # %% ../../nbs/06_targets/14_fcos_assigner.ipynb #a3a4d52c

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_centers
-from .max_iou_assigner import BaseAssigner, with_nobody, best_object, best_prior, claims, columns, pack
+from .iou import columns, taking_part, best_overlaps, kept, claimed_by
+from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #afa698b1
@@ -49,18 +50,14 @@ class GridAssigner(BaseAssigner):
         self.pos_iou_thr,self.min_pos_iou,self.gt_max_assign_all = pos_iou_thr,min_pos_iou,gt_max_assign_all
         self.iou_calculator = iou_calculator or box_iou
 
-    def assign_part(self,
-        overlaps,    # `(..., G, p)` IoU with some priors
-        responsible, # `(..., p)` bool
-        real,        # `(..., G)` bool
-    )->tuple:        # codes by threshold, best IoU, and the table `(..., 1+G, p)`, -1 where not responsible
+    def by_threshold(self,
+        best,        # `(..., P)` IoU of each prior with its best object
+        owner,       # `(..., P)` int64, code of that object
+        responsible, # `(..., P)` bool
+    )->Tensor:       # `(..., P)` int64 codes
         "Background by all priors, positives by responsible ones."
-        table = with_nobody(overlaps, real)
-        best = table.amax(-2)
         codes = torch.where((best > self.neg_range[0]) & (best <= self.neg_range[1]), BACKGROUND, IGNORE)
-        table = torch.minimum(table, torch.where(responsible[..., None, :], torch.inf, -1.))
-        best,owner = best_object(table)
-        return torch.where((best > self.pos_iou_thr) & responsible, owner, codes),best,table
+        return torch.where((best > self.pos_iou_thr) & responsible, owner, codes)
 
     def assign(self,
         priors,           # `Priors` with `level_sizes` and `strides`, boxes `(P, 4)` or `(..., P, 4)`
@@ -71,13 +68,12 @@ class GridAssigner(BaseAssigner):
         "Thresholds, then claims of responsible priors."
         if responsible is None: responsible = responsible_priors(priors, gt)
         if priors.valid is not None: responsible = responsible & priors.valid
-        parts = columns(priors.boxes, gt.boxes.shape[-2])
-        ties,top,done = self.gt_max_assign_all,None,[]
-        for p in parts:
-            overlaps = self.iou_calculator(gt.boxes, priors.boxes[..., p, :])
-            done.append(self.assign_part(overlaps, responsible[..., p], gt.real))
-            top = best_prior(done[-1][2], not ties, p.start, top)
-        top = torch.where(top[0] > self.min_pos_iou, top[0], -1),top[1]             # strictly above, or no claim
-        claimed = torch.cat([claims(t, 0., ties, top, p.start) for p,(_,_,t) in zip(parts, done)], -1)
-        codes,best = [torch.cat(x, -1) for x in list(zip(*done))[:2]]
+        (G,P),ties = (gt.boxes.shape[-2], priors.boxes.shape[-2]),self.gt_max_assign_all
+        parts = columns(priors.boxes, G)
+        fill = kept(lambda p: taking_part(self.iou_calculator(gt.boxes, priors.boxes[..., p, :]), gt.real), parts, G*P)
+        found = best_overlaps(fill, parts, not ties, responsible)
+        codes = self.by_threshold(found.best, found.owner, responsible)
+        found.top = torch.where(found.top > self.min_pos_iou, found.top, -1)        # strictly above, or no claim
+        claimed = claimed_by(fill, parts, found, 0., ties, responsible)
+        best = torch.where(responsible, found.best, -1)
         return pack(torch.where(claimed > 0, claimed, codes), best, gt, priors.valid)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_area
-from .max_iou_assigner import BaseAssigner, columns, pack
+from .iou import columns
+from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points
 
 # %% ../../nbs/06_targets/09_region_assigner.ipynb #33e5631a

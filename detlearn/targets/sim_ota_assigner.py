@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, Predictions, Priors
 from ..core.boxes import box_iou, box_centers
-from .max_iou_assigner import pack, columns
+from .iou import columns
+from .max_iou_assigner import pack
 from .atss_assigner import take_priors
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #9b802514

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, xyxy_to_cxcywh, full_precision
-from .max_iou_assigner import pack, with_nobody, columns
+from .iou import columns, taking_part, best_overlaps
+from .max_iou_assigner import pack
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #4a78b6c0
 def nearest(
@@ -59,12 +60,9 @@ def best_fits(
     boxes,    # `(..., P, 4)` xyxy
 )->tuple:     # `(..., P)` IoU of each box with its best object; `(..., G)` of each object with its best box; at least 0
     "The best of each column and of each row, part by part."
-    columns_best,rows_best = [],None
-    for part in columns(boxes, gt.boxes.shape[-2]):
-        iou = with_nobody(overlap(gt.boxes, boxes[..., part, :]), gt.real).clamp_(min=0)   # (..., 1+G, p)
-        columns_best.append(iou.amax(-2)); row = F.pad(iou, (1, 0)).amax(-1)[..., 1:]
-        rows_best = row if rows_best is None else torch.maximum(rows_best, row)
-    return torch.cat(columns_best, -1),rows_best
+    fill = lambda part: taking_part(overlap(gt.boxes, boxes[..., part, :]), gt.real)
+    found = best_overlaps(fill, columns(boxes, gt.boxes.shape[-2]))
+    return found.best.clamp(min=0),found.top.clamp(min=0)
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #90f52545
 def fit_of_pairs(
