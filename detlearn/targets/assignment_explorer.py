@@ -23,7 +23,7 @@ from ..core.shapes import ToyShapes, toy_predictions
 from ..core.plot import draw_owners
 from .priors import AnchorGenerator
 from .match_costs import ClassificationCost, BBoxL1Cost, IoUCost, FocalLossCost, DiceCost
-from .sim_ota_assigner import points_inside
+from .atss_assigner import points_inside
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #9928b698
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_centers
-from .iou import columns, taking_part, best_overlaps, kept, claimed_by
+from .iou import columns, taking_part, code_of_equal, best_overlaps, kept, claimed_by
 from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points
 
@@ -24,12 +24,13 @@ def responsible_priors(
     if priors.strides is None:
         raise ValueError('which cell a prior is in depends on the stride: give Priors its strides, one a level')
     points,centres,flags,start = prior_points(priors),box_centers(gt.boxes),[],0
+    far,one = torch.where(gt.real, 0., 1.)[..., None],gt.real.new_ones(gt.real.shape[-1], 1)
     for n,(sx,sy) in zip(priors.level_sizes, priors.strides):
         here = points[..., start:start+n, :]; start += n
         for part in columns(here, centres.shape[-2]):
             (px,py),(cx,cy) = here[..., part, :].mT.contiguous()[..., None, :, :].unbind(-2),centres[..., None].unbind(-2)
-            met = (px//sx == cx//sx) & (py//sy == cy//sy) & gt.real[..., None]      # (..., G, p)
-            flags.append(met.any(-2))
+            away = (px//sx - cx//sx).abs_().add_((py//sy - cy//sy).abs_())          # (..., G, p) cells
+            flags.append(code_of_equal(-away - far, away.new_zeros(1, 1), one) > 0)
     return torch.cat(flags, -1)
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #ed3461e1

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['bbox_overlaps', 'rounded_to_half', 'BboxOverlaps2D', 'columns', 'taking_part', 'code_of_equal', 'best_object',
-           'best_prior', 'BestOverlaps', 'best_overlaps', 'kept', 'claimed_by', 'np_bbox_overlaps']
+           'best_prior', 'BestOverlaps', 'best_overlaps', 'kept', 'claimed_by', 'top_of_parts', 'share_of_priors',
+           'np_bbox_overlaps']
 
 # %% ../../nbs/06_targets/00_iou.ipynb #c6c6fa76
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def columns(
 )->list:       # slices that cover `0..P`; one, if the table is small or empty
     "Cut a large table into columns that fit into a CPU's cache, or well into a card's memory."
     P = boxes.shape[-2]
-    most = most or (G*P if G*P <= 2**18 else 2**14 if boxes.is_cpu else 2**22)
+    most = most or (G*P if G*P <= 2**18 else 2**16 if boxes.is_cpu else 2**22)
     step = max(most // max(G, 1), 1) if G else max(P, 1)
     return [slice(i, min(i+step, P)) for i in range(0, max(P, 1), step)]
 
@@ -174,6 +175,30 @@ def claimed_by(
     top = torch.where(may, found.top, torch.inf)[..., None]                   # (..., G, 1)
     claims = torch.cat([code_of_equal(fill(p), top, code[:, None]) for p in parts], -1)
     return claims if eligible is None else torch.where(eligible, claims, 0)
+
+# %% ../../nbs/06_targets/00_iou.ipynb #865807b0
+def top_of_parts(
+    fill,          # `f(part)`: the columns of a slice, `(..., G, p)`
+    parts,         # slices of the priors
+    k:int,         # how many of each row; all, if there are fewer
+    largest=False, # the largest, or the smallest
+)->tuple:          # values and int64 numbers of the priors, both `(..., G, k)`, best first
+    "The best of each row, part by part."
+    found = [(p, fill(p).topk(min(k, p.stop-p.start), -1, largest)) for p in parts]
+    values,numbers = [torch.cat(f, -1) for f in zip(*((v, i + p.start) for p,(v,i) in found))]
+    if len(parts) == 1: return values,numbers
+    place = values.argsort(dim=-1, descending=largest, stable=True)[..., :k]  # ties stay in order
+    return values.gather(-1, place),numbers.gather(-1, place)
+
+# %% ../../nbs/06_targets/00_iou.ipynb #e809d391
+def share_of_priors(
+    overlap,  # `f(a, b, mode='iof')`: intersection over the area of `a`
+    priors,   # `(..., P, 4)` xyxy
+    objects,  # `(..., G, 4)` xyxy
+)->Tensor:    # `(..., G, P)`
+    "How much of each prior lies in each object."
+    rows = priors.mT.contiguous().mT[..., None, :, None, :]       # all x1, then all y1, ...: rows without gaps
+    return overlap(rows, objects[..., :, None, None, :], mode='iof')[..., 0, 0]
 
 # %% ../../nbs/06_targets/00_iou.ipynb #3e467fb3
 def np_bbox_overlaps(

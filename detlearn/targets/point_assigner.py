@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult
 from ..core.boxes import box_centers
+from .iou import columns
 from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points, centre_distance, nearest_per_level, highest_bid
 
@@ -64,7 +65,8 @@ class PointAssigner(BaseAssigner):
         def distance(part):                                                        # (..., G, p)
             d = centre_distance(points[..., part, :], centres, sides)
             return d if priors.valid is None else d.masked_fill(~priors.valid[..., None, part], torch.inf)
-        d,number = nearest_per_level(distance, sizes, self.pos_num)                # (..., G, K)
+        parts_of = lambda n: columns(points[..., :n, :], centres.shape[-2])
+        d,number = nearest_per_level(distance, sizes, self.pos_num, parts_of)      # (..., G, K)
         step = torch.cat([torch.full((min(self.pos_num, n),), s, device=d.device) for n,s in zip(sizes, steps)])
         right = suitable_octave(gt.boxes, self.scale, min(steps), max(steps))[..., None] == step
         owner,_ = highest_bid(-d.masked_fill(~(right & gt.real[..., None]), torch.inf), number, points.shape[-2])

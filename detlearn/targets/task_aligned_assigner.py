@@ -12,8 +12,9 @@ from ..core.registry import BBOX_ASSIGNERS
 from ..core.boxes import box_iou, box_centers
 from ..core.structures import AssignResult, Priors
 from .max_iou_assigner import pack
-from .atss_assigner import take_priors, highest_bid
-from .sim_ota_assigner import own_class, points_inside, some_predictions, larger_parts
+from .iou import columns, top_of_parts
+from .atss_assigner import take_priors, highest_bid, depth_inside, points_inside
+from .sim_ota_assigner import own_class, some_predictions
 
 # %% ../../nbs/06_targets/17_task_aligned_assigner.ipynb #85b76957
 def largest(
@@ -65,8 +66,7 @@ class TaskAlignedAssigner:
         "Best numbers, centre inside, larger IoU wins."
         if preds is None: raise ValueError('TaskAlignedAssigner looks at predictions: call assign(priors, gt, preds).')
         number,metric,iou = self.candidates(priors, gt, preds)                                # (..., G, K)
-        place = take_priors(box_centers(priors.boxes), number)
-        margin = torch.cat([place - gt.boxes[..., None, :2], gt.boxes[..., None, 2:] - place], -1).amin(-1)
+        margin = depth_inside(take_priors(box_centers(priors.boxes), number), gt.boxes[..., None, :])[..., 0, :]
         bid = torch.where((metric > 0) & (margin > .01), iou, -torch.inf)
         codes,best = highest_bid(bid, number, priors.boxes.shape[-2])
         own = torch.arange(1, 1+bid.shape[-2], device=codes.device)[:, None]
@@ -82,15 +82,13 @@ class TaskAlignedAssigner:
         preds,   # as in `assign`
     )->tuple:    # `(..., G, K)` int64 priors, their numbers and IoUs
         "The `topk` of each object, part by part."
-        found,valid = [],priors.valid
-        for part in larger_parts(priors.boxes, gt.boxes.shape[-2]):
+        valid,boxes = priors.valid,preds.extra('boxes')
+        def metric(part):                                                                         # (..., G, p)
             own = Priors(priors.boxes[..., part, :], valid=None if valid is None else valid[..., part])
-            iou,metric = self.metrics(own, gt, some_predictions(preds, lambda x: x[..., part, :]))
-            metric,place = metric.topk(min(self.topk, metric.shape[-1]), -1)
-            found.append((place + part.start, metric, iou.gather(-1, place)))
-        number,metric,iou = [torch.cat(f, -1) for f in zip(*found)]
-        place = metric.argsort(dim=-1, descending=True, stable=True)[..., :self.topk]
-        return tuple(t.gather(-1, place) for t in (number, metric, iou))
+            return self.metrics(own, gt, some_predictions(preds, lambda x: x[..., part, :]))[1]
+        value,number = top_of_parts(metric, columns(boxes, gt.boxes.shape[-2]), self.topk, True)
+        iou = self.iou_calculator(gt.boxes[..., None, :], take_priors(boxes, number))[..., 0, :]
+        return number,value,iou
 
     def explain(self,
         priors,  # as in `assign`

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, xyxy_to_cxcywh, full_precision
-from .iou import columns, taking_part, best_overlaps
+from .iou import columns, taking_part, best_overlaps, top_of_parts
 from .max_iou_assigner import pack
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #4a78b6c0
@@ -25,14 +25,10 @@ def nearest(
     "The boxes nearest to each object by centre and size."
     lead = torch.broadcast_shapes(objects.shape[:-2], boxes.shape[:-2])
     a,b = [xyxy_to_cxcywh(full_precision(t)).expand(*lead, -1, -1) for t in (objects, boxes)]
-    found = []
-    for part in columns(boxes, -(-objects.shape[-2]//4)):             # never the whole table at once
+    def distance(part):                                               # never the whole table at once
         far = torch.cdist(a, b[..., part, :], p=1)
-        if valid is not None: far = far.masked_fill(~valid[..., None, part], torch.inf)
-        far,place = far.topk(min(number, far.shape[-1]), -1, largest=False)
-        found.append((far, place + part.start))
-    far,place = [torch.cat(f, -1) for f in zip(*found)]
-    return place.gather(-1, far.argsort(dim=-1, stable=True)[..., :number])  # ties stay in order
+        return far if valid is None else far.masked_fill(~valid[..., None, part], torch.inf)
+    return top_of_parts(distance, columns(boxes, objects.shape[-2]), number)[1]
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #68061127
 def in_turn(

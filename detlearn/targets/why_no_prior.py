@@ -14,9 +14,9 @@ from torch import Tensor
 from ..core.structures import Priors, IGNORE
 from ..core.boxes import box_iou, box_centers
 from .max_iou_assigner import MaxIoUAssigner, crowd_share
-from .atss_assigner import ATSSAssigner, prior_points, centre_distance
-from .sim_ota_assigner import point_cells, points_inside
-from .fcos_assigner import FCOSAssigner, inside_boxes, farthest_side
+from .atss_assigner import ATSSAssigner, prior_points, points_inside, centre_distance
+from .sim_ota_assigner import point_cells
+from .fcos_assigner import FCOSAssigner, farthest_side
 
 # %% ../../nbs/06_targets/19_why_no_prior.ipynb #456bd5b2
 def positives(
@@ -81,7 +81,7 @@ def fcos_tests(
 )->dict:        # `{reason: (..., G, P) bool}`, in the order of the tests
     "What a point must pass: inside, near the centre, right level."
     points,level = prior_points(priors),priors.levels
-    inside = inside_boxes(points, gt.boxes)
+    inside = points_inside(points, gt.boxes)
     far = farthest_side(points, gt.boxes)
     low,high = [far.new_tensor([r[i] for r in self.regress_ranges])[level] for i in (0, 1)]
     wanted = torch.cat([self.wants(p, gt, l, priors.strides and priors.strides[l])
