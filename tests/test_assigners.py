@@ -56,8 +56,12 @@ def predictions(images, g):
     near = boxes + torch.randn(images, *boxes.shape, generator=g)*4
     near = torch.cat([torch.minimum(near[..., :2], near[..., 2:] - 1), near[..., 2:]], -1)
     P = len(boxes)
-    return Predictions(torch.randn(images, P, C, generator=g), torch.randn(images, P, 4, generator=g)*.2,
-                       dict(boxes=near, objectness=torch.randn(images, P, generator=g), masks=torch.randn(images, P, 5, 5, generator=g)))
+    preds = Predictions(torch.randn(images, P, C, generator=g), torch.randn(images, P, 4, generator=g)*.2,
+                        dict(boxes=near, objectness=torch.randn(images, P, generator=g), masks=torch.randn(images, P, 5, 5, generator=g)))
+    # The sigmoid is taken once, for all: a CPU's differs in the last bit between the middle of a buffer and its end, so a batch and an image would
+    # get other numbers before any assigner sees them. SimOTA adds 1e5 to some costs, where float32 has steps of 1/128: there a last bit decides ties.
+    preds.extras['probabilities'] = preds.probabilities
+    return preds
 
 
 def one(s, i):
@@ -90,7 +94,7 @@ def at_slots(codes, slots):
 
 
 @every_assigner
-@run(max_examples=25, deadline=None)
+@run(max_examples=25, deadline=None, derandomize=True)
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), crowds=st.sampled_from([0., .3, 1.]), seed=st.integers(0, 10**6), part=st.booleans())
 def test_batch_is_the_loop_over_images(cls, kw, counts, crowds, seed, part):
     gt, alone = draw_batch(counts, crowds, seed)
