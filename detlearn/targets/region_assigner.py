@@ -7,7 +7,6 @@ __all__ = ['middle_region', 'last_inside', 'level_by_size', 'RegionAssigner']
 
 # %% ../../nbs/06_targets/09_region_assigner.ipynb #f0894df3
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
