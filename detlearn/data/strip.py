@@ -64,7 +64,8 @@ def draw_sample(
     labels = results.get('gt_labels')
     if 'gt_masks' in results: draw_masks(ax, plain(results['gt_masks']), labels, alpha=.45)
     if 'gt_bboxes' in results: draw_labels(ax, plain(results['gt_bboxes']), labels)
-    for box in results.get('gt_bboxes_ignore', ()): draw_labels(ax, plain(box)[None], ls=':', colours=['w'])
+    for box in results.get('gt_bboxes_ignore', ()): draw_labels(ax, plain(box)[None], ls=':',
+        colours=['w'])
     if 'ori_shape' in results: ax.plot(*photo_frame(results).T, '--', color='w', lw=1)
 
 # %% ../../nbs/02_data/04a_strip.ipynb #a5c9fb2f
@@ -129,7 +130,8 @@ def fate_by_size(
     kept = torch.cat([survivors(step, s) for s in samples])
     group = torch.bucketize(sides, torch.tensor(edges, dtype=torch.float32), right=True)
     names = 'small', 'medium', 'large'
-    return {n: ((group == i).sum().item(), (kept & (group == i)).sum().item()) for i,n in enumerate(names)}
+    return {n: ((group == i).sum().item(), (kept & (group == i)).sum().item()) for i,
+            n in enumerate(names)}
 
 def draw_fate(
     ax,           # matplotlib axes
