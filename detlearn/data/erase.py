@@ -32,6 +32,7 @@ def check_holes(
         raise ValueError(f'cutout_ratio={cutout_ratio}: expected shares of width and height, 0 to 1.')
     return sizes
 
+# %% ../../nbs/02_data/05c_erase.ipynb #e234a263
 @PIPELINES.register_module()
 class CutOut:
     "Holes of one colour in the image (DeVries and Taylor 2017)."
