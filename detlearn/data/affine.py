@@ -28,10 +28,10 @@ def warp(
     (h,w),(H,W) = image.shape[-2:],size
     fill = list(fill) if isinstance(fill, (tuple, list)) else fill
     back = torch.linalg.inv(matrix.double())
-    nearest = isinstance(image, tv_tensors.Mask)
+    eight = (back/back[2, 2]).flatten()[:8].tolist()
+    mode = InterpolationMode.NEAREST if isinstance(image, tv_tensors.Mask) else InterpolationMode.BILINEAR
     room = F.pad(image, [0, 0, max(W-w, 0), max(H-h, 0)], fill=fill)
-    seen = F.perspective(room, None, None, coefficients=(back/back[2, 2]).flatten()[:8].tolist(), fill=fill,
-                         interpolation=InterpolationMode.NEAREST if nearest else InterpolationMode.BILINEAR)
+    seen = F.perspective(room, None, None, mode, fill, coefficients=eight)
     return F.crop(seen, 0, 0, H, W)
 
 # %% ../../nbs/02_data/04c_affine.ipynb #13f9d26e
@@ -103,7 +103,7 @@ class RandomAffine:
         if not 0 <= max_translate_ratio <= 1:
             raise ValueError(f'max_translate_ratio={max_translate_ratio}: expected a share, 0 to 1.')
         if not 0 < scaling_ratio_range[0] <= scaling_ratio_range[1]:
-            raise ValueError(f'scaling_ratio_range={scaling_ratio_range}: expected (low, high), both above 0.')
+            raise ValueError(f'scaling_ratio_range={scaling_ratio_range}: expected (low, high), above 0.')
         self.degree,self.translate,self.shear = max_rotate_degree,max_translate_ratio,max_shear_degree
         self.scaling_ratio_range,self.border,self.border_val = scaling_ratio_range,border,border_val
         self.limits = min_bbox_size,min_area_ratio,max_aspect_ratio
@@ -111,14 +111,15 @@ class RandomAffine:
 
     def __call__(self, results):
         size = tuple(v + 2*b for v,b in zip(results['img'].shape[-2:], self.border))
-        if min(size) < 1: raise ValueError(f'RandomAffine: border={self.border} leaves nothing of the image.')
+        if min(size) < 1:
+            raise ValueError(f'RandomAffine: border={self.border} leaves nothing of the image.')
         degrees,scale,shear,share = self.draw()
         matrix = affine_matrix(degrees, scale, shear, [v*s for v,s in zip(share, size[::-1])])
         out = warp_all(results, matrix, size, list(self.border_val), clip=self.bbox_clip_border)
-        useful = {}
         for key in results.get('bbox_fields', []):
             keep = touches(size)(plain(out[key]))
-            if not self.skip_filter: keep &= still_useful(plain(results[key])*scale, plain(out[key]), *self.limits)
+            if not self.skip_filter: keep &= still_useful(plain(results[key])*scale, plain(out[key]),
+                                                          *self.limits)
             out = keep_objects(out, lambda boxes: keep, only=key)
         return out
 
@@ -138,8 +139,8 @@ class RandomShift:
         filter_thr_px=1,       # who is not wider and higher than that goes
     ):
         if not 0 <= shift_ratio <= 1 or max_shift_px < 0:
-            raise ValueError(f'shift_ratio={shift_ratio}, max_shift_px={max_shift_px}: expected a probability '
-                             'and a number of pixels.')
+            raise ValueError(f'shift_ratio={shift_ratio}, max_shift_px={max_shift_px}: '
+                             'expected a probability and a number of pixels.')
         self.shift_ratio,self.max_shift_px,self.filter_thr_px = shift_ratio,max_shift_px,filter_thr_px
 
     def __call__(self, results):
@@ -202,7 +203,8 @@ class LevelWarp:
         "Keep the shared settings."
         one = isinstance(img_fill_val, (int, float))
         self.fill = [float(img_fill_val)]*3 if one else [float(v) for v in img_fill_val]
-        if len(self.fill) != 3: raise ValueError(f'img_fill_val={img_fill_val}: expected one number, or three.')
+        if len(self.fill) != 3:
+            raise ValueError(f'img_fill_val={img_fill_val}: expected one number, or three.')
         self.seg_ignore_label,self.prob,self.negative = seg_ignore_label,prob,random_negative_prob
 
     def __call__(self, results):

@@ -1,0 +1,166 @@
+"""Rules that every step of a pipeline keeps, whichever page it is from.
+
+Objects: boxes, labels and masks agree in number, labels stay on their boxes, boxes lie inside, images without objects work.
+Geometry: `matrix` leads every point there and back, and says where boxes and masks are. Randomness: numpy's seed alone.
+"""
+import copy, json, warnings
+import numpy as np
+import pytest
+import torch
+from detlearn.core.registry import NotFound, PIPELINES
+from detlearn.core.shapes import ToyShapes
+from detlearn.data.strip import toy_sample
+from detlearn.data.transforms import move_boxes, plain
+
+TOYS = ToyShapes(12, size=(96, 80), seed=3, min_objects=3, max_objects=5, sizes=(12, 36), overlap=.05, noise=3)
+EMPTY = toy_sample(ToyShapes(1, size=(96, 80), empty=1.)[0])
+NORM = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+COLOUR = [dict(type='PhotoMetricDistortion'), dict(type='YOLOXHSVRandomAug'), dict(type='CutOut', n_holes=(1, 4), cutout_ratio=(.2, .2)),
+          dict(type='ColorTransform', level=9, prob=1.), dict(type='BrightnessTransform', level=8, prob=1.),
+          dict(type='ContrastTransform', level=8, prob=1.), dict(type='EqualizeTransform', prob=1.)]
+STRAIGHT = [  # boxes stay boxes: the matrix moves them exactly
+    dict(type='Resize', img_scale=[(64, 60), (160, 120)]), dict(type='Resize', img_scale=(50, 90), keep_ratio=False),
+    dict(type='Resize', img_scale=[(64, 60), (80, 80), (160, 120)], multiscale_mode='value'),
+    dict(type='Resize', img_scale=(100, 90), ratio_range=(.5, 2.)),
+    dict(type='RandomFlip', flip_ratio=1.), dict(type='RandomFlip', flip_ratio=[.3, .3, .4], direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='Pad', size_divisor=32), dict(type='Pad', size=(100, 120)), dict(type='Pad', pad_to_square=True),
+    dict(type='RandomCrop', crop_size=(50, 60), allow_negative_crop=True),
+    dict(type='RandomCrop', crop_size=(40, 70), crop_type='absolute_range', allow_negative_crop=True),
+    dict(type='RandomCrop', crop_size=(.6, .7), crop_type='relative', allow_negative_crop=True),
+    dict(type='RandomCrop', crop_size=(.3, .4), crop_type='relative_range', allow_negative_crop=True),
+    dict(type='MinIoURandomCrop'), dict(type='Expand', ratio_range=(1, 3), prob=1.),
+    dict(type='RandomCenterCropPad', crop_size=(60, 70), **NORM),
+    dict(type='RandomCenterCropPad', crop_size=None, ratios=None, border=None, test_mode=True, **NORM),
+    dict(type='RandomShift', shift_ratio=1.), dict(type='Translate', level=3, prob=1., max_translate_offset=60)]
+SLANTED = [dict(type='RandomAffine', scaling_ratio_range=(.7, 1.4)), dict(type='RandomAffine', border=(-10, -8), skip_filter=False),
+           dict(type='Rotate', level=6, prob=1.), dict(type='Shear', level=8, prob=1.), dict(type='Shear', level=8, prob=1., direction='vertical')]
+MIXED = [dict(type='Mosaic', img_scale=(60, 70)), dict(type='MixUp', img_scale=(80, 96)), dict(type='CopyPaste')]
+ONE_PHOTO = COLOUR + STRAIGHT + SLANTED
+name = lambda cfg: '-'.join(str(v) for v in cfg.values() if isinstance(v, (str, tuple, int)))[:60]
+every = pytest.mark.parametrize('cfg', ONE_PHOTO, ids=name)
+geometric = pytest.mark.parametrize('cfg', STRAIGHT + SLANTED, ids=name)
+
+
+def numbered(i):
+    "A toy photo whose labels are the numbers of its objects."
+    s = toy_sample(TOYS[i], crowds=[[60, 50, 90, 75]])
+    return dict(s, gt_labels=torch.arange(len(s['gt_labels'])))
+
+
+def run(cfg, seed, results):
+    "One step, built and called with a seed; it must not change what it was given."
+    step = PIPELINES.build(copy.deepcopy(cfg))
+    before = {k: v.clone() for k, v in results.items() if torch.is_tensor(v)}
+    np.random.seed(seed); torch.manual_seed(99*seed + 1)
+    out = step(results)
+    for k, v in before.items(): assert torch.equal(results[k], v), f'{cfg["type"]} has changed {k} of its input'
+    return out
+
+
+def check(out, who):
+    n = {k: len(out[k]) for k in ('gt_bboxes', 'gt_labels', 'gt_masks') if k in out}
+    assert len(set(n.values())) == 1, f'{who}: {n}'
+    h, w = out['img'].shape[-2:]
+    for key in ('gt_bboxes', 'gt_bboxes_ignore'):
+        b = plain(out[key])
+        assert b.shape[1:] == (4,) and (b >= 0).all() and (b <= torch.tensor([w, h, w, h])).all(), f'{who}: {key} outside'
+        assert (b[:, 2:] >= b[:, :2]).all()
+    assert out['gt_masks'].shape[-2:] == (h, w) and out['gt_masks'].dtype == torch.uint8 and out['gt_labels'].dtype == torch.int64
+
+
+@every
+def test_objects_stay_together(cfg):
+    for i in range(6):
+        out = run(cfg, i, numbered(i))
+        if out is None: continue
+        check(out, cfg['type'])
+        if cfg['type'] != 'PhotoMetricDistortion': assert out['img'].dtype == torch.uint8
+        if cfg['type'] not in ('Pad', 'RandomCenterCropPad') and 'img_shape' in out: assert tuple(out['img_shape'][:2]) == out['img'].shape[-2:]
+        for label, mask, box in zip(out['gt_labels'].tolist(), plain(out['gt_masks']), plain(out['gt_bboxes'])):
+            y, x = torch.nonzero(mask, as_tuple=True)      # pixels of a mask lie in the box with the same place
+            if len(x): assert x.min() >= box[0] - 1.5 and x.max() + 1 <= box[2] + 1.5 and y.min() >= box[1] - 1.5 and y.max() + 1 <= box[3] + 1.5
+
+
+@every
+def test_no_objects(cfg):
+    out = run(cfg, 0, dict(EMPTY))
+    if cfg['type'] != 'RandomCrop': assert out is not None
+    if out is not None: check(out, cfg['type']); assert not len(out['gt_labels'])
+
+
+@every
+def test_a_seed_repeats(cfg):
+    a, b = run(cfg, 5, numbered(2)), run(cfg, 5, numbered(2))
+    for k in ('img', 'gt_bboxes', 'gt_labels', 'gt_masks', 'matrix'): assert torch.equal(a[k], b[k]), k
+
+
+@geometric
+def test_there_and_back(cfg):
+    "Points come back to where they were; boxes and masks are where the matrix says."
+    for i in range(6):
+        before = numbered(i); out = run(cfg, i, before)
+        if out is None: continue
+        matrix, back = out['matrix'], torch.linalg.inv(out['matrix'])
+        points = torch.cat([torch.rand(20, 2)*80, torch.ones(20, 1)], 1)
+        torch.testing.assert_close(points @ matrix.T @ back.T, points, atol=1e-3, rtol=0)
+        h, w = out['img'].shape[-2:]
+        boxes = plain(before['gt_bboxes'])[out['gt_labels']]
+        inside = move_boxes(boxes, matrix).clamp(min=0).minimum(torch.tensor([w, h, w, h]))
+        torch.testing.assert_close(plain(out['gt_bboxes']), inside, atol=1e-2, rtol=0)
+        if cfg in STRAIGHT:
+            uncut = ((inside > 0) & (inside < torch.tensor([w, h, w, h]))).all(-1)
+            torch.testing.assert_close(move_boxes(plain(out['gt_bboxes']), back)[uncut], boxes[uncut], atol=2e-2, rtol=0)
+        ys, xs = torch.meshgrid(torch.arange(h) + .5, torch.arange(w) + .5, indexing='ij')
+        origin = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ back.T     # where each pixel comes from
+        x, y = [origin[..., k].floor().long() for k in (0, 1)]
+        known = (x >= 0) & (x < 96) & (y >= 0) & (y < 80)
+        masks = plain(before['gt_masks'])[out['gt_labels']][:, y.clamp(0, 79), x.clamp(0, 95)]*known
+        wrong = (masks != plain(out['gt_masks'])).float().sum()/masks.sum().clamp(min=1)
+        assert wrong < (.3 if cfg['type'] == 'Resize' else .12), f'{cfg["type"]}: {wrong:.0%} of the mask pixels are not where the matrix says'  # edges of enlarged pixels
+
+
+@pytest.mark.parametrize('cfg', MIXED, ids=name)
+def test_photos_that_mix(cfg):
+    n = 3 if cfg['type'] == 'Mosaic' else 1
+    for i in range(6):
+        given = dict(numbered(i), mix_results=[numbered(j) for j in range(i+1, i+1+n)])
+        out = run(cfg, i, given); check(out, cfg['type'])
+        assert out['img'].dtype == torch.uint8
+        again = run(cfg, i, given)
+        for k in ('img', 'gt_bboxes', 'gt_labels', 'gt_masks'): assert torch.equal(out[k], again[k])
+    out = run(cfg, 0, dict(EMPTY, mix_results=[dict(EMPTY)]*n)); check(out, cfg['type']); assert not len(out['gt_labels'])
+    with pytest.raises(ValueError, match='further photos'): run(cfg, 0, numbered(0))
+
+
+def steps_of_the_zoo():
+    "Every distinct step of every config of the zoo, with the config that it is first in."
+    from test_zoo import ZOO, resolved
+    found = {}
+    def steps(some, where):
+        for s in some:
+            if isinstance(s, (list, tuple)): steps(s, where)
+            elif isinstance(s, dict) and 'type' in s:
+                found.setdefault(repr(s), (s, where))
+                for inner in ('transforms', 'policies'): steps(s.get(inner, ()), where)
+    def walk(value, where):
+        if isinstance(value, dict):
+            for k, v in value.items(): steps(v, where) if 'pipeline' in str(k) and isinstance(v, (list, tuple)) else walk(v, where)
+        elif isinstance(value, (list, tuple)):
+            for v in value: walk(v, where)
+    for config in ZOO: walk(resolved(config), config)
+    return found.values()
+
+
+MISSING = {'InstaBoost', 'LoadPanopticAnnotations', 'LoadProposals'}  # steps of the zoo that are not there
+
+
+def test_every_step_of_the_zoo_builds():
+    missing, built, strange = set(), set(), set()
+    for cfg, where in steps_of_the_zoo():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: PIPELINES.build(copy.deepcopy(cfg)); built.add(cfg['type'])
+            except TypeError as e: assert 'no setting' in str(e), e; strange.add(cfg['type'])
+            except NotFound as e: missing.add(next((m for m in MISSING if m in str(e)), f'{cfg["type"]} of {where}: {e}'))
+    assert len(built) >= 25 and strange <= {'LoadAnnotations'}  # one config of the zoo writes a setting of another version
+    assert missing <= MISSING, f'not built: {sorted(missing - MISSING)}'
