@@ -874,6 +874,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                     'detlearn.core.plot.draw_ruler': ('01_core/plot.html#draw_ruler', 'detlearn/core/plot.py'),
                                     'detlearn.core.plot.draw_table': ('01_core/plot.html#draw_table', 'detlearn/core/plot.py'),
                                     'detlearn.core.plot.explore': ('01_core/plot.html#explore', 'detlearn/core/plot.py'),
+                                    'detlearn.core.plot.forget_closed_notebooks': ( '01_core/plot.html#forget_closed_notebooks',
+                                                                                    'detlearn/core/plot.py'),
                                     'detlearn.core.plot.pipeline_strip': ('01_core/plot.html#pipeline_strip', 'detlearn/core/plot.py'),
                                     'detlearn.core.plot.show_grid': ('01_core/plot.html#show_grid', 'detlearn/core/plot.py'),
                                     'detlearn.core.plot.show_image': ('01_core/plot.html#show_image', 'detlearn/core/plot.py'),
