@@ -71,7 +71,7 @@ def locations(
     place = reference_points[:, :, None, :, None]                                    # (B, Q, 1, L, 1, 2 or 4)
     if place.shape[-1] == 4: return place[..., :2] + offsets/offsets.shape[-2]*place[..., 2:]*.5
     if place.shape[-1] != 2: raise ValueError(f'reference_points end in {place.shape[-1]} numbers; give 2 (x, y) or 4 (cx, cy, w, h)')
-    cells = torch.stack([offsets.new_tensor(w_h) for w_h in ((w, h) for h,w in sizes)])   # (L, 2)
+    cells = torch.stack([place.new_full((), n) for h,w in sizes for n in (w, h)]).view(-1, 2)   # (L, 2), without a copy from the host
     return place + offsets/cells[:, None]
 
 # %% ../../nbs/03_layers/12_deform_attention.ipynb #56f556e1
