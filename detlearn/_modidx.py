@@ -1370,6 +1370,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                           'detlearn/data/lint_sources.py'),
                                             'detlearn.data.lint_sources.photos_near': ( '02_data/lint_sources.html#photos_near',
                                                                                         'detlearn/data/lint_sources.py'),
+                                            'detlearn.data.lint_sources.size_fix': ( '02_data/lint_sources.html#size_fix',
+                                                                                     'detlearn/data/lint_sources.py'),
                                             'detlearn.data.lint_sources.splits_of': ( '02_data/lint_sources.html#splits_of',
                                                                                       'detlearn/data/lint_sources.py'),
                                             'detlearn.data.lint_sources.voc_objects': ( '02_data/lint_sources.html#voc_objects',

@@ -1,9 +1,8 @@
 "Real files in every format agree; the linter finds what is known to be wrong, and every spoiled file gives a sentence."
-import contextlib, copy, csv, io, json, math, os, re, warnings, zipfile
+import contextlib, csv, io, json, os, re, warnings
 from pathlib import Path
 import numpy as np
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
@@ -41,7 +40,6 @@ def of_yolo_folder(folder, sizes):
     return by_photo(rows())
 
 def of_cvat(path):
-    from detlearn.data.voc import read_xml
     import defusedxml.ElementTree as ET
     return by_photo((Path(im.get('name')).stem, b.get('label'), *[b.get(k) for k in ('xtl', 'ytl', 'xbr', 'ybr')]) for im in ET.parse(path).getroot().iter('image') for b in im.iter('box'))
 
@@ -159,6 +157,11 @@ def test_linter_on_the_other_sets():
     original = lint(PHOTOS/'fruits_nuts/trainval_original.json'); assert 'image-ids' in {f.rule for f in original.findings} and original.ok
     assert rules('trees_neon/annotations_original/OSBS_029.xml', 'trees_neon/images') == {'name-differs'}
     assert rules('annotation_formats/gts/pascalvoc_format') == set()
+
+def test_size_is_taken_from_the_photo(toys, tmp_path):
+    root,file = toys; coco = json.loads(file.read_text()); del coco['images'][2]['width']; (tmp_path/'bad.json').write_text(json.dumps(coco))
+    report = lint(tmp_path/'bad.json', root/'images'); after = repair(report.sources[0], tmp_path/'good.json')
+    assert after.ok and json.loads((tmp_path/'good.json').read_text())['images'][2]['width'] == 160
 
 # ---- there and back
 @pytest.fixture(scope='module')
@@ -373,3 +376,25 @@ def test_fuzz_yolo(tmp_path_factory, labels, names):
     only_own(YOLODataset, root/'data.yaml', [], test_mode=True); str(lint(root))
     (root/'data.yaml').write_text(f'names: {names}\ntrain: images/train\n', encoding='utf-8', errors='replace')
     only_own(YOLODataset, root/'data.yaml', [], test_mode=True); str(lint(root/'data.yaml'))
+
+# ---- memory of the workers
+def shared_size(pids):
+    "MiB that these processes hold together, shared pages counted once."
+    pss = lambda p: next(int(l.split()[1]) for l in open(f'/proc/{p}/smaps_rollup') if l.startswith('Pss:'))
+    return sum(map(pss, pids))/1024
+
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='needs /proc/PID/smaps_rollup')
+@pytest.mark.filterwarnings('ignore')
+def test_memory_of_four_workers_does_not_grow():
+    from torch.utils.data import DataLoader
+    n,per = 5000,20
+    coco = dict(images=[dict(id=i, file_name=f'{i}.jpg', width=640, height=480) for i in range(n)], categories=[dict(id=k+1, name=str(k)) for k in range(80)],
+                annotations=[dict(image_id=i, category_id=(i+j) % 80+1, bbox=[j, j, 50, 60], segmentation=[[j, j, j+50, j, j+50, j+60]]) for i in range(n) for j in range(per)])
+    class InMemory(CocoDataset):
+        def load_annotations(self, ann_file): return coco
+    data = InMemory('memory', lambda r: len(list(r['ann_info']['masks']))); coco.clear()
+    loader = iter(DataLoader(data, 50, num_workers=4, collate_fn=sum, multiprocessing_context='fork')); pids = [w.pid for w in loader._workers] + [os.getpid()]
+    seen = next(loader); before = shared_size(pids)
+    for k in range(85): seen += next(loader)                                    # the last batches stay, so that the workers live
+    after = shared_size(pids); print(f'{before:.0f} -> {after:.0f} MiB'); del loader
+    assert seen == 86*50*per and after < 1.05*before
