@@ -4300,6 +4300,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                             'detlearn/targets/why_no_prior.py'),
                                                'detlearn.targets.why_no_prior.reason': ( '06_targets/why_no_prior.html#reason',
                                                                                          'detlearn/targets/why_no_prior.py'),
+                                               'detlearn.targets.why_no_prior.region_tests': ( '06_targets/why_no_prior.html#region_tests',
+                                                                                               'detlearn/targets/why_no_prior.py'),
                                                'detlearn.targets.why_no_prior.shape_on_level': ( '06_targets/why_no_prior.html#shape_on_level',
                                                                                                  'detlearn/targets/why_no_prior.py'),
                                                'detlearn.targets.why_no_prior.smallest_change': ( '06_targets/why_no_prior.html#smallest_change',

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'positives', 'max_iou_tests', 'atss_tests', 'fcos_tests', 'point_tests', 'center_region_tests',
-           'grid_tests', 'generic_tests', 'reason', 'numbers_of', 'turned', 'nearby', 'edge', 'smallest_change',
-           'with_shape', 'shape_on_level', 'Reasons', 'stand_in', 'helpful_prior', 'why_one_image', 'why_no_prior']
+           'grid_tests', 'region_tests', 'generic_tests', 'reason', 'numbers_of', 'turned', 'nearby', 'edge',
+           'smallest_change', 'with_shape', 'shape_on_level', 'Reasons', 'stand_in', 'helpful_prior', 'why_one_image',
+           'why_no_prior']
 
 # %% ../../nbs/06_targets/19_why_no_prior.ipynb #26cc500c
 import copy, html, inspect, math
 import torch
 from torch import Tensor
 from ..core.structures import Priors, IGNORE
-from ..core.boxes import box_iou, box_centers
+from ..core.boxes import box_iou, box_area, box_centers
 from .max_iou_assigner import MaxIoUAssigner, crowd_share
-from .atss_assigner import ATSSAssigner, prior_points, points_inside, centre_distance
+from .atss_assigner import ATSSAssigner, prior_points, depth_inside, points_inside, centre_distance
 from .sim_ota_assigner import point_cells
 from .point_assigner import PointAssigner, suitable_octave
 from .center_region_assigner import CenterRegionAssigner
 from .grid_assigner import GridAssigner, responsible_priors
+from .region_assigner import RegionAssigner, middle_region, level_by_size
 from .fcos_assigner import FCOSAssigner, farthest_side
 
 # %% ../../nbs/06_targets/19_why_no_prior.ipynb #456bd5b2
@@ -142,6 +144,21 @@ def grid_tests(
     return {'in no cell of an object': mine, f'IoU not above {self.min_pos_iou}': (iou > self.pos_iou_thr) | claimed}
 
 GridAssigner.explain = grid_tests
+
+# %% ../../nbs/06_targets/19_why_no_prior.ipynb #35129a34
+def region_tests(
+    self,       # the assigner
+    priors,     # as in `assign`; squares
+    gt,         # as in `assign`
+    preds=None, # not used
+)->dict:        # `{reason: (..., G, P) bool}`, in the order of the tests
+    "What a cell must pass: level of the object's size, in its middle."
+    level = level_by_size(gt.boxes, box_area(priors.boxes[..., :1, :]).sqrt(), len(priors.level_sizes))
+    places = zip(prior_points(priors).split(priors.level_sizes, -2), priors.strides)
+    middle = [depth_inside(p/p.new_tensor(s), middle_region(gt.boxes, self.center_ratio, s)) >= 0 for p,s in places]
+    return {'no cell on its level': level[..., None] == priors.levels, 'no cell in its middle': torch.cat(middle, -1)}
+
+RegionAssigner.explain = region_tests
 
 # %% ../../nbs/06_targets/19_why_no_prior.ipynb #ffc4e6d5
 def generic_tests(
