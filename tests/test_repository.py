@@ -107,6 +107,14 @@ def test_links_lead_somewhere():
             assert (p.path.parent/link).exists(), f'{p.name} links to {link}, which is not there'
 
 
+def test_the_front_page_names_every_page():
+    front = next(p for p in ALL if p.name == 'index.ipynb').prose
+    missing = [p.name for p in ALL if p.name != 'index.ipynb' and f']({p.name})' not in front]
+    assert not missing, f'nbs/index.ipynb does not name {missing}'
+    broken = [l for l in re.findall(r'\]\(([^)#:]+\.ipynb)', (ROOT/'README.md').read_text(encoding='utf-8')) if not (ROOT/l).exists()]
+    assert not broken, f'README.md links to {broken}'
+
+
 def test_top_level():
     allowed = {'nbs', 'detlearn', 'tests', 'tools', 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'CONTRIBUTING.md', 'LICENSE'}
     import subprocess
