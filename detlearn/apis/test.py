@@ -52,11 +52,12 @@ def build_test_loader(
     data,              # `data` of a config
     split:str='test',  # or `'val'`
     with_mask=False,   # masks too
+    dist=False,        # several processes: each has its share
 ):                     # a loader in order, its photos bring their objects along
     "The loader that a detector is measured on."
     if split not in data: raise KeyError(f'data has no {split!r}{nearest(split, [k for k in data if isinstance(data[k], dict)])}')
     cfg = dict(data[split]); cfg['pipeline'] = with_objects(cfg['pipeline'], with_mask)
-    return build_dataloader(build_dataset(cfg, dict(test_mode=True)), shuffle=False, seed=0, **loader_settings(data, split))
+    return build_dataloader(build_dataset(cfg, dict(test_mode=True)), shuffle=False, seed=0, dist=dist, **loader_settings(data, split))
 
 # %% ../../nbs/15_apis/00_test.ipynb #9b54a453
 def dataset_of(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['innermost', 'point_at', 'set_num_classes', 'use_data', 'check_classes', 'default_device', 'place_model',
-           'set_random_seed', 'runner_config', 'scaled_optimizer', 'warn_of_missing', 'register_hooks',
+           'set_random_seed', 'runner_config', 'scaled_optimizer', 'gradient_settings', 'register_hooks',
            'train_detector', 'begin_from', 'keep_config', 'about', 'run_training']
 
 # %% ../../nbs/15_apis/01_train.ipynb #6d4e56b3
-import random, warnings
+import random
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -18,10 +18,11 @@ from ..data.loader import build_dataloader, build_dataset
 from ..detectors.build import build_detector
 from ..engine.checkpoints import find_latest
 from ..engine.evaluation_hooks import EvalHook
+from ..engine.distributed import DistEvalHook, build_ddp
 from ..engine.guards import NumClassCheckHook
 from ..engine.loggers import ProgressHook
 from ..engine.optimizers import build_optimizer, scale_lr
-from ..engine.runner import build_runner
+from ..engine.runner import build_runner, get_dist_info
 from .test import Clock, build_test_loader, dataset_of, loader_settings, measure, write_metrics
 
 # %% ../../nbs/15_apis/01_train.ipynb #69c5e44b
@@ -125,27 +126,29 @@ def scaled_optimizer(
     return scale_lr(dict(cfg['optimizer']), batch, rule.get('base_batch_size', 16), say)
 
 # %% ../../nbs/15_apis/01_train.ipynb #94f68a4c
-def warn_of_missing(
-    cfg, # a config
-):       # warns, or `ValueError`
-    "Settings of the zoo that change a training and that we do not have."
-    if cfg.get('fp16') is not None: warnings.warn('fp16 is set: it trains in float32 all the same.')
-    if cfg.get('momentum_config') is not None: raise ValueError('momentum_config is not supported: remove it.')
+def gradient_settings(
+    cfg,    # a config
+)->dict:    # of `OptimizerHook`
+    "What happens to gradients: `optimizer_config`, in 16 bits where `fp16` says so."
+    how = dict(cfg.get('optimizer_config') or {})
+    if cfg.get('fp16') is None or 'type' in how: return how
+    return dict(how, type='Fp16OptimizerHook', **cfg['fp16'])
 
 # %% ../../nbs/15_apis/01_train.ipynb #8312c98a
 def register_hooks(
     runner,         # a new one
     cfg,            # a config
     validation=None,# loader of the validation photos, or None: no evaluation
+    distributed=False, # one of several processes
 ):
     "Everything around the steps."
     custom = [dict(h) for h in cfg.get('custom_hooks') or []]
     if 'NumClassCheckHook' not in [h.get('type') for h in custom]: custom.append(dict(type='NumClassCheckHook'))
-    runner.register_training_hooks(cfg.get('lr_config'), dict(cfg.get('optimizer_config') or {}), cfg.get('checkpoint_config'),
-                                   cfg.get('log_config'), custom_hooks_config=custom)
+    runner.register_training_hooks(cfg.get('lr_config'), gradient_settings(cfg), cfg.get('checkpoint_config'),
+                                   cfg.get('log_config'), cfg.get('momentum_config'), custom_hooks_config=custom)
     if validation is not None:
         how = dict(cfg.get('evaluation') or {}); how.setdefault('by_epoch', runner.by_epoch)
-        runner.register_hook(EvalHook(validation, **how))
+        runner.register_hook((DistEvalHook if distributed else EvalHook)(validation, **how))
     runner.register_hook(ProgressHook())
 
 # %% ../../nbs/15_apis/01_train.ipynb #54d0392a
@@ -153,24 +156,26 @@ def train_detector(
     model,                   # a detector
     dataset,                 # for training, or a list: one for each entry of `workflow`
     cfg,                     # a config, with `work_dir`
-    distributed:bool=False,  # must be False: one process
+    distributed:bool=False,  # one of several processes, after `init_dist`: each has its share of the photos
     validate:bool=False,     # measure `data.val` as `evaluation` says
     timestamp:str=None,      # name of the log; None: now
     meta:dict=None,          # goes into the checkpoints
 ):                           # the runner, after its run
     "Train a detector as a config says."
-    if distributed: raise ValueError('distributed=True: training in several processes is not supported yet.')
-    warn_of_missing(cfg)
+    if distributed and not torch.distributed.is_initialized():
+        raise ValueError('distributed=True needs several processes: start them with torchrun, and call init_dist() first.')
     datasets = list(dataset) if isinstance(dataset, (list, tuple)) else [dataset]
     check_classes(model, datasets[0])
     settings,seed = loader_settings(cfg['data'], 'train'),cfg.get('seed')
-    loaders = [build_dataloader(d, seed=seed, **settings) for d in datasets]
+    loaders = [build_dataloader(d, seed=seed, dist=distributed, **settings) for d in datasets]
     model = place_model(model, cfg.get('device'))
-    optimizer = build_optimizer(model, scaled_optimizer(cfg, settings['samples_per_gpu']))
+    if distributed: model = build_ddp(model, cfg.get('find_unused_parameters', False))
+    photos = settings['samples_per_gpu'] * (get_dist_info()[1] if distributed else 1)
+    optimizer = build_optimizer(model, scaled_optimizer(cfg, photos))
     runner = build_runner(runner_config(cfg), dict(model=model, optimizer=optimizer, work_dir=cfg.get('work_dir'), meta=meta))
     if timestamp: runner.timestamp = timestamp
     runner.resume_hint = cfg.get('resume_hint', runner.resume_hint)
-    register_hooks(runner, cfg, build_test_loader(cfg['data'], 'val') if validate else None)
+    register_hooks(runner, cfg, build_test_loader(cfg['data'], 'val', dist=distributed) if validate else None, distributed)
     begin_from(runner, cfg)
     runner.run(loaders, [tuple(w) for w in cfg.get('workflow') or [('train', 1)]])
     return runner
