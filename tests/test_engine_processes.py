@@ -154,6 +154,7 @@ torch.manual_seed(0); net = build_ddp(Counted(dropout=0))
 run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .1, momentum=.9), folder, dict(seed=0), 7, logger=lambda text: None)
 run.register_training_hooks(dict(policy='step', step=[5], warmup='linear', warmup_iters=5), dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False, max_keep_ckpts=2), dict(interval=1, hooks=[dict(type='TextLoggerHook')]))
 run.register_hook(Die()); run.resume('auto'); run.run(batches)
+if world > 1: torch.distributed.destroy_process_group()      # its threads end before the process does
 '''
 
 

@@ -19,6 +19,7 @@ import torch, test_train_processes as t
 from detlearn.engine.distributed import init_dist
 rank, world = init_dist()
 t.train(sys.argv[1], sys.argv[2], 4//world, True)
+torch.distributed.destroy_process_group()
 '''
 
 

@@ -11,6 +11,7 @@ import importlib, inspect, os, socket, sys, tempfile, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.registry import HOOKS
@@ -34,7 +35,10 @@ def init_dist(
                            'torchrun --nproc_per_node N ..., or use launcher=none.')
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
-    dist.init_process_group(backend or ('cpu:gloo,cuda:nccl' if gpu else 'gloo'), timeout=timeout)
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')   # a restarted run must not read addresses of the dead
+    store,rank,world = next(rendezvous('env://'))
+    dist.init_process_group(backend or ('cpu:gloo,cuda:nccl' if gpu else 'gloo'), timeout=timeout,
+                            store=dist.PrefixStore(f'attempt_{attempt}', store), rank=rank, world_size=world)
     anybody(False)                                          # everybody is here before anybody goes on
     return get_dist_info()
 
