@@ -166,6 +166,26 @@ def test_iterations_resume(tmp_path):
     back.run(loader()); assert back.iter == 15 and same(back.model, whole.model)
 
 
+@pytest.mark.parametrize('done', [5, 9])
+@pytest.mark.parametrize('how', ['groups', 'classes', 'endless'])
+def test_every_order_of_the_loader_resumes(tmp_path, how, done):
+    "Batches of one shape, classes in turn, batches without an end: in the middle of a pass, to the bit."
+    from detlearn.data.loader import build_dataloader
+    class Photos(ToyPhotos):
+        flag = [i % 3 == 0 for i in range(16)]
+        def get_cat_ids(self, i): return [1] + [2]*(i < 3)
+    settings = dict(groups={}, classes=dict(class_aware_sampler=dict(num_sample_class=1)), endless=dict(runner_type='IterBasedRunner'))[how]
+    def train(folder, seed, resume=None):
+        net = ToyNet(seed); opt = torch.optim.AdamW(net.parameters(), .02)
+        out = IterBasedRunner(net, opt, tmp_path/folder, max_iters=13) if how == 'endless' else EpochBasedRunner(net, opt, tmp_path/folder, max_epochs=3)
+        out.register_training_hooks(dict(policy='fixed'), dict(grad_clip=None), dict(interval=1, by_epoch=False))
+        if resume: out.resume(tmp_path/resume/f'iter_{done}.pth')
+        out.run(build_dataloader(Photos(), 4, 0, seed=3, collate_fn=stack_toys, pin_memory=False, **settings))
+        return out
+    whole = train('a', 0); back = train('b', 4, 'a')
+    assert back.iter == whole.iter >= 12 and same(back.model, whole.model)
+
+
 def test_looking_does_not_change_the_training(tmp_path, straight):
     runner = make(tmp_path, by_epoch=False)
     runner.register_hook(EvalHook(loader(), interval=3, by_epoch=False, save_best='val_loss'))

@@ -167,12 +167,13 @@ def train_detector(
     datasets = list(dataset) if isinstance(dataset, (list, tuple)) else [dataset]
     check_classes(model, datasets[0])
     settings,seed = loader_settings(cfg['data'], 'train'),cfg.get('seed')
-    loaders = [build_dataloader(d, seed=seed, dist=distributed, **settings) for d in datasets]
+    how = runner_config(cfg)
+    loaders = [build_dataloader(d, seed=seed, dist=distributed, runner_type=how['type'], **settings) for d in datasets]
     model = place_model(model, cfg.get('device'))
     if distributed: model = build_ddp(model, cfg.get('find_unused_parameters', False))
     photos = settings['samples_per_gpu'] * (get_dist_info()[1] if distributed else 1)
     optimizer = build_optimizer(model, scaled_optimizer(cfg, photos))
-    runner = build_runner(runner_config(cfg), dict(model=model, optimizer=optimizer, work_dir=cfg.get('work_dir'), meta=meta))
+    runner = build_runner(how, dict(model=model, optimizer=optimizer, work_dir=cfg.get('work_dir'), meta=meta))
     if timestamp: runner.timestamp = timestamp
     runner.resume_hint = cfg.get('resume_hint', runner.resume_hint)
     register_hooks(runner, cfg, build_test_loader(cfg['data'], 'val', dist=distributed) if validate else None, distributed)

@@ -6,6 +6,7 @@
 __all__ = ['deck', 'photos_by_class', 'ClassAwareSampler']
 
 # %% ../../nbs/02_data/06b_class_aware.ipynb #ce229c83
+from collections import defaultdict
 from itertools import islice
 import numpy as np
 from .samplers import DistributedSampler
@@ -22,8 +23,10 @@ def photos_by_class(
     dataset,  # with `get_cat_ids(i)` and `len`
 )->list:      # arrays of positions, one for each class that occurs, by rising category id
     "Which photos hold a class."
-    held = [set(dataset.get_cat_ids(i)) for i in range(len(dataset))]
-    return [np.array([i for i,h in enumerate(held) if c in h]) for c in sorted(set().union(*held))]
+    photos = defaultdict(list)
+    for i in range(len(dataset)):
+        for c in set(dataset.get_cat_ids(i)): photos[c].append(i)
+    return [np.array(photos[c]) for c in sorted(photos)]
 
 # %% ../../nbs/02_data/06b_class_aware.ipynb #85b5d29c
 class ClassAwareSampler(DistributedSampler):
@@ -49,5 +52,3 @@ class ClassAwareSampler(DistributedSampler):
         classes,photos = deck(np.arange(len(self.photos)), draw),[deck(p, draw) for p in self.photos]
         drawn = (next(photos[c]) for c in classes for _ in range(self.in_a_row))
         return np.array(list(islice(drawn, len(self)*self.world)))
-
-    def __iter__(self): return iter(self.order()[self.rank*len(self):(self.rank+1)*len(self)].tolist())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fill', 'by_group', 'GroupSampler', 'flags_of', 'world_of', 'DistributedSampler', 'DistributedGroupSampler',
-           'InfiniteBatchSampler', 'InfiniteGroupBatchSampler']
+           'InfiniteBatchSampler', 'InfiniteGroupBatchSampler', 'PassSampler']
 
 # %% ../../nbs/02_data/06_samplers.ipynb #f69c7f55
 import itertools
@@ -36,13 +36,25 @@ class GroupSampler(Sampler):
     def __init__(self,
         dataset,            # with `flag`
         samples_per_gpu=1,  # images a batch
-    ): self.flag,self.size = flags_of(dataset),samples_per_gpu
+        seed:int=None,      # of the order; None: another order at each pass, from torch
+    ):
+        self.flag,self.size,self.seed,self.epoch = flags_of(dataset),samples_per_gpu,seed,0
+        self.rank,self.world = 0,1
 
     def __len__(self): return sum(-(-n//self.size)*self.size for n in np.bincount(self.flag))
 
-    def __iter__(self):
-        draw = np.random.default_rng(int(torch.randint(2**31, ())))
-        return iter(by_group(self.flag, self.size, draw).ravel().tolist())
+    def set_epoch(self,
+        epoch:int, # from 0
+    ):
+        "Choose the order, where there is a seed."
+        self.epoch = epoch
+
+    def order(self)->np.ndarray: # `len(self)` positions
+        "The order of this pass."
+        key = int(torch.randint(2**31, ())) if self.seed is None else [self.seed, self.epoch]
+        return by_group(self.flag, self.size, np.random.default_rng(key)).ravel()
+
+    def __iter__(self): return iter(self.order().tolist())
 
 def flags_of(
     dataset, # with `flag`
@@ -109,11 +121,9 @@ class DistributedGroupSampler(DistributedSampler):
         whole = self.size*self.world
         return sum(-(-n//whole)*self.size for n in np.bincount(self.flag))
 
-    def __iter__(self):
-        draw,whole = np.random.default_rng([self.seed, self.epoch]),self.size*self.world
-        chunks = by_group(self.flag, whole, draw).reshape(-1, self.size)         # (batches of all processes, size)
-        mine = chunks[self.rank*len(self)//self.size:(self.rank+1)*len(self)//self.size]
-        return iter(mine.ravel().tolist())
+    def order(self)->np.ndarray: # `len(self)*world` positions
+        "The order of all processes."
+        return by_group(self.flag, self.size*self.world, np.random.default_rng([self.seed, self.epoch])).ravel()
 
 # %% ../../nbs/02_data/06_samplers.ipynb #4b83efb1
 class InfiniteBatchSampler(Sampler):
@@ -132,15 +142,14 @@ class InfiniteBatchSampler(Sampler):
 
     def __len__(self): return self.size
 
-    def positions(self):
-        "The positions of this process, for ever."
+    def rows(self):
+        "The positions of a step, `batch_size*world` of all processes, for ever."
         orders = (np.random.default_rng([self.seed, k]).permutation(self.size) if self.shuffle else np.arange(self.size)
                   for k in itertools.count())
-        return itertools.islice((int(i) for order in orders for i in order), self.rank, None, self.world)
+        positions = (int(i) for order in orders for i in order)
+        while True: yield list(itertools.islice(positions, self.batch_size*self.world))
 
-    def __iter__(self):
-        it = self.positions()
-        while True: yield list(itertools.islice(it, self.batch_size))
+    def __iter__(self): return (row[self.rank::self.world] for row in self.rows())
 
     def set_epoch(self,
         epoch:int, # not used
@@ -156,8 +165,37 @@ class InfiniteGroupBatchSampler(InfiniteBatchSampler):
         **kwargs, # of `InfiniteBatchSampler`
     ): super().__init__(flags_of(dataset), *args, **kwargs); self.flag = flags_of(dataset)
 
-    def __iter__(self):
+    def rows(self):
+        "The positions of a step, all of one group, for ever."
         waiting = {g: [] for g in np.unique(self.flag).tolist()}
-        for i in self.positions():
+        for i in (i for row in super().rows() for i in row):
             row = waiting[int(self.flag[i])]; row.append(i)
-            if len(row) == self.batch_size: yield list(row); row.clear()
+            if len(row) == self.batch_size*self.world: yield list(row); row.clear()
+
+# %% ../../nbs/02_data/06_samplers.ipynb #5e0ab813
+class PassSampler(Sampler):
+    "An endless sampler in pieces of whole batches, each about as long as the data set."
+    def __init__(self,
+        batches, # `InfiniteBatchSampler`
+    ):
+        self.batches,self.seed,self.epoch = batches,batches.seed,0
+        self.rank,self.world,self.next = batches.rank,batches.world,None
+
+    def __len__(self): return -(-self.batches.size//(self.batches.batch_size*self.world))*self.batches.batch_size
+
+    def set_epoch(self,
+        epoch:int, # from 0
+    ):
+        "Choose the piece."
+        self.epoch = epoch
+
+    def order(self)->np.ndarray: # `len(self)*world` positions
+        "A piece of the order of all processes; the next one costs nothing, any other is counted off."
+        steps,skip = len(self)//self.batches.batch_size,0
+        if self.next != (self.seed, self.epoch):
+            self.batches.seed,skip = self.seed,self.epoch*steps
+            self.going_on = self.batches.rows()
+        self.next = self.seed,self.epoch + 1
+        return np.concatenate(list(itertools.islice(self.going_on, skip, skip + steps)))
+
+    def __iter__(self): return iter(self.order()[self.rank::self.world].tolist())
