@@ -44,7 +44,8 @@ class ResBlock(nn.Module):
             y = getattr(self, norm)(getattr(self, conv)(y))
             if i < len(self.steps): y = F.relu(y, inplace=True)
             for name in self.behind.get(i, ()): y = getattr(self, name)(y)
-        return y + (x if self.downsample is None else self.downsample(x))
+        around = x if self.downsample is None else self.downsample(x)
+        return y + around if i in self.behind else y.add_(around)     # a norm does not need its result again, a plug-in may
 
     def forward(self,
         x, # `(B, C_in, H, W)`
