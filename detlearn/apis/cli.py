@@ -9,6 +9,7 @@ __all__ = ['USER_ERRORS', 'COMMANDS', 'as_sentence', 'run_command', 'ready_confi
 
 # %% ../../nbs/15_apis/04_cli.ipynb #0593210e
 import importlib.metadata, inspect, json, os, platform, shlex, sys, warnings
+from collections.abc import Iterable
 from pathlib import Path
 from fastcore.script import anno_parser
 from ..core.registry import nearest
@@ -18,7 +19,7 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, FloatingPointError, Mod
 
 def as_sentence(
     error, # exception
-)->str:
+)->str:  # one sentence
     "What an error says, without Python's wrapping."
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
@@ -94,7 +95,7 @@ def resume_command(
 def summary(
     metrics:dict, # of `metrics.json`
     page,         # path of the report
-)->str:
+)->str:           # AP, photos, price, report
     "The last line of a run."
     price = f", {metrics['cpu_seconds']:.0f} CPU seconds" if 'cpu_seconds' in metrics else ''
     return f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {metrics.get('images', '?')} {metrics.get('split', '')} photos{price}; report: {page}"
@@ -152,7 +153,7 @@ def predict(
 # %% ../../nbs/15_apis/04_cli.ipynb #614494d0
 def bar(
     items, # with a length
-):         # an iterator over them
+)->Iterable: # an iterator over them
     "A progress bar, where the output is a terminal."
     from tqdm import tqdm
     return tqdm(items, disable=None, unit='batch')
@@ -187,7 +188,7 @@ def demo(
 # %% ../../nbs/15_apis/04_cli.ipynb #16e39f06
 def version_of(
     package:str, # its name
-)->str:
+)->str:          # or `'not installed'`
     "The version of an installed package."
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return 'not installed'
@@ -251,7 +252,7 @@ def parse_words(
     return out if values is None else dict(out, set=values)
 
 # %% ../../nbs/15_apis/04_cli.ipynb #2e4da894
-def overview()->str:
+def overview()->str: # one line for each command
     "What there is."
     rows = '\n'.join(f'  {n:14} {f.__doc__}' for n,f in COMMANDS.items())
     return f'detlearn COMMAND [options]\n\n{rows}\n\ndetlearn COMMAND --help tells more.'

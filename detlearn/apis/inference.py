@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torchvision import tv_tensors
 from ..core.config import Config
 from ..core.registry import PIPELINES
+from ..core.structures import Detections
 from ..data.coco import no_such_file, palette
 from ..data.loader import collate
 from ..data.transforms import Compose, hwc, read_image, to_eight_bits
@@ -40,7 +41,7 @@ def find_run(
 # %% ../../nbs/15_apis/02_inference.ipynb #211dbfab
 def config_of(
     weights,   # path of a checkpoint
-)->Config:
+)->Config:      # from the file beside it, or from inside; `ValueError` without either
     "The config that a checkpoint was trained with."
     weights = Path(weights)
     if (weights.parent/'config.py').is_file(): return Config.fromfile(weights.parent/'config.py')
@@ -57,7 +58,7 @@ def init_detector(
     checkpoint=None,  # path of the weights; None: random ones
     device=None,      # None: the accelerator, or the CPU
     cfg_options=None, # `{dotted key: value}` that override the config
-):                    # the detector, in evaluation mode, with `.cfg` and `.CLASSES`
+)->torch.nn.Module:   # the detector, in evaluation mode, with `.cfg` and `.CLASSES`
     "A detector, ready for photos."
     cfg = config if isinstance(config, Config) else Config(dict(config)) if isinstance(config, dict) else Config.fromfile(config)
     if cfg_options: cfg.merge_from_dict(cfg_options, 'cfg_options')
@@ -128,7 +129,7 @@ def inference_detector(
     imgs,                # path, array, tensor, or a list of them
     batch_size:int=8,    # images at once
     array_order='bgr',   # see `as_tensor`
-):                       # `Detections` of the image, in its pixels; for a list a list
+)->Detections|list:      # `Detections` of the image, in its pixels; for a list a list
     "Boxes on photos."
     many = isinstance(imgs, (list, tuple))
     load,steps = test_steps(model.cfg)

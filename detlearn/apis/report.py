@@ -106,7 +106,7 @@ def log_of(
 # %% ../../nbs/15_apis/03_report.ipynb #3a8f98fa
 def curves(
     records:list, # of the log
-):                # a figure
+)->object:        # a figure
     "Losses and AP over the epochs."
     import matplotlib.pyplot as plt
     from detlearn.core.plot import COLOURS, GREY
@@ -136,7 +136,7 @@ def pairs(
     found,    # `Detections` of each image
     numbers,  # which images
     thr,      # only detections of this score or more
-):            # a figure
+)->object:    # a figure
     "Truth above, detections below, faults dashed."
     import matplotlib.pyplot as plt
     from detlearn.core.plot import draw_labels, show_image

@@ -8,6 +8,7 @@ __all__ = ['OBJECT_KEYS', 'with_objects', 'loader_settings', 'build_test_loader'
 
 # %% ../../nbs/15_apis/00_test.ipynb #b3c20cd6
 import json, os, time
+from torch.utils.data import DataLoader
 from pathlib import Path
 import torch
 from ..core.registry import nearest
@@ -53,7 +54,7 @@ def build_test_loader(
     split:str='test',  # or `'val'`
     with_mask=False,   # masks too
     dist=False,        # several processes: each has its share
-):                     # a loader in order, its photos bring their objects along
+)->DataLoader:         # a loader in order, its photos bring their objects along
     "The loader that a detector is measured on."
     if split not in data: raise KeyError(f'data has no {split!r}{nearest(split, [k for k in data if isinstance(data[k], dict)])}')
     cfg = dict(data[split]); cfg['pipeline'] = with_objects(cfg['pipeline'], with_mask)
@@ -62,7 +63,7 @@ def build_test_loader(
 # %% ../../nbs/15_apis/00_test.ipynb #9b54a453
 def dataset_of(
     loader, # a loader, or a data set around others
-):          # the innermost that knows its classes
+)->object:  # the innermost that knows its classes
     "The data set of a loader."
     data = getattr(loader, 'dataset', loader)
     while not hasattr(data, 'CLASSES') and hasattr(data, 'dataset'): data = data.dataset

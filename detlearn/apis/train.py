@@ -92,7 +92,7 @@ def default_device()->torch.device: # the accelerator, or the CPU
 def place_model(
     model,       # a detector
     device=None, # None: `default_device`
-):               # the same model
+)->torch.nn.Module: # the same model
     "Move a model, and lay its weights out with channels last."
     return model.to(default_device() if device is None else device).to(memory_format=torch.channels_last)
 
@@ -160,7 +160,7 @@ def train_detector(
     validate:bool=False,     # measure `data.val` as `evaluation` says
     timestamp:str=None,      # name of the log; None: now
     meta:dict=None,          # goes into the checkpoints
-):                           # the runner, after its run
+)->object:                   # the runner, after its run
     "Train a detector as a config says."
     if distributed and not torch.distributed.is_initialized():
         raise ValueError('distributed=True needs several processes: start them with torchrun, and call init_dist() first.')

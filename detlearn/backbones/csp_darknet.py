@@ -8,7 +8,7 @@ __all__ = ['to_channels', 'Focus', 'conv_kind', 'DarknetBottleneck', 'CSPLayer',
 # %% ../../nbs/04_backbones/10_csp_darknet.ipynb #bc689838
 import math
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.context import SPPBottleneck
@@ -20,7 +20,7 @@ from .resnet import Freezable
 # %% ../../nbs/04_backbones/10_csp_darknet.ipynb #62823313
 def to_channels(
     x, # `(B, C, H, W)`
-):     # `(B, 4C, ceil(H/2), ceil(W/2))`: top left, bottom left, top right, bottom right
+)->Tensor: # `(B, 4C, ceil(H/2), ceil(W/2))`: top left, bottom left, top right, bottom right
     "Each square of 2×2 pixels becomes one cell."
     h,w = x.shape[2:]
     if h % 2 or w % 2: x = F.pad(x, (0, w % 2, 0, h % 2))
@@ -40,14 +40,14 @@ class Focus(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # `(B, C_out, H/2, W/2)`
+    )->Tensor: # `(B, C_out, H/2, W/2)`
         "Move, convolve."
         return self.conv(to_channels(x))
 
 # %% ../../nbs/04_backbones/10_csp_darknet.ipynb #66f5ae54
 def conv_kind(
     use_depthwise:bool, # separable convolutions
-):                      # class
+)->type:                # class
     "The convolution of a stage: one brick, or a depthwise and a pointwise one."
     return DepthwiseSeparableConvModule if use_depthwise else ConvModule
 
@@ -69,7 +69,7 @@ class DarknetBottleneck(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H, W)`
+    )->Tensor: # `(B, C_out, H, W)`
         "Two bricks and the way around."
         y = self.conv2(self.conv1(x))
         return x + y if self.add_identity else y
@@ -95,7 +95,7 @@ class CSPLayer(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H, W)`
+    )->Tensor: # `(B, C_out, H, W)`
         "Split, work, join."
         return self.final_conv(torch.cat([self.blocks(self.main_conv(x)), self.short_conv(x)], 1))
 

@@ -6,7 +6,7 @@
 __all__ = ['DarknetBlock', 'darknet_stage', 'Darknet']
 
 # %% ../../nbs/04_backbones/09_darknet.ipynb #3177da3e
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule
 from .resnet import Freezable
@@ -26,7 +26,7 @@ class DarknetBlock(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "The activation stands before the sum, not behind it."
         return x + self.conv2(self.conv1(x))
 

@@ -7,7 +7,7 @@ __all__ = ['add_mean', 'SAC', 'AdvisedBottleneck', 'DetectoRS_ResNet', 'DetectoR
 
 # %% ../../nbs/04_backbones/16_detectors.ipynb #d34951a0
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import CONV_LAYERS
@@ -20,7 +20,7 @@ from .resnext import group_width
 def add_mean(
     x,         # `(B, C, H, W)`
     conv,      # 1×1, `C` to `C`
-):             # same shape
+)->Tensor:     # same shape
     "Tell each place the mean of the map."
     return x + conv(x.mean((2, 3), keepdim=True))
 
@@ -51,7 +51,13 @@ class SAC(ConvAWS):
             if '.' in name: nn.init.zeros_(p)
         nn.init.ones_(self.switch.bias)
 
-    def look(self, x, near_mean, weight, offset, times):
+    def look(self,
+        x,         # `(B, C_in, H, W)`
+        near_mean, # `(B, C_in, H, W)`, from which the offsets are read
+        weight,    # `(C_out, C_in / groups, 3, 3)`
+        offset,    # layer that gives `(B, 18, H', W')`, None without deformation
+        times:int, # factor of padding and holes
+    )->Tensor:     # `(B, C_out, H', W')`
         "One look: `times` the padding and the holes."
         pad,holes = [tuple(times*v for v in p) for p in (self.padding, self.dilation)]
         if self.use_deform: return deform_conv2d(x, offset(near_mean), weight, self.stride, pad, holes)
@@ -59,7 +65,7 @@ class SAC(ConvAWS):
 
     def forward(self,
         x, # `(B, C_in, H, W)`, height and width at least 3
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "Context, switch, two looks, context."
         x = add_mean(x, self.pre_context)
         near_mean = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode='reflect' if min(x.shape[2:]) > 2 else 'replicate'), 5, 1)
@@ -88,7 +94,7 @@ class AdvisedBottleneck(Bottleneck):
     def rfp_forward(self,
         x,       # `(B, C_in, H, W)`
         advice,  # `(B, rfp_inplanes, H', W')`, or None
-    ):           # `(B, C_out, H', W')`
+    )->Tensor:   # `(B, C_out, H', W')`
         "The block, with advice added before the last activation."
         y = self.residual(x)
         return F.relu(y if self.rfp_conv is None or advice is None else y + self.rfp_conv(advice))
@@ -112,7 +118,10 @@ class DetectoRS_ResNet(ResNet):
             if isinstance(m, SAC): m.start()
             if isinstance(m, AdvisedBottleneck) and m.rfp_conv is not None: nn.init.zeros_(m.rfp_conv.weight)
 
-    def make_res_layer(self, stage, *args, **kwargs):
+    def make_res_layer(self,
+        stage:int,       # its number, from 0
+        *args, **kwargs, # of `res_layer`
+    )->nn.Sequential:    # its blocks
         "A stage with its SAC, and advice for its first block."
         sac = self.sac if self.stage_with_sac[stage] else None
         return res_layer(*args, first=dict(rfp_inplanes=self.rfp_inplanes if stage else None), sac=sac, **kwargs)

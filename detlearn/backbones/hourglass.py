@@ -6,7 +6,7 @@
 __all__ = ['change_last', 'HourglassModule', 'check_stacks', 'HourglassNet']
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #f0311471
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule
@@ -18,7 +18,7 @@ def change_last(
     out_channels:int, # of the last block
     blocks:int,       # at least 1
     norm_cfg,         # recipe of the norms
-)->nn.Sequential:
+)->nn.Sequential:     # its blocks
     "Blocks in a row; the last one changes the channels."
     before = res_layer(BasicBlock, in_channels, in_channels, blocks-1, norm_cfg=norm_cfg) if blocks > 1 else []
     return nn.Sequential(*before, *res_layer(BasicBlock, in_channels, out_channels, 1, norm_cfg=norm_cfg))
@@ -44,14 +44,19 @@ class HourglassModule(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Down, inside, up, plus the way around."
         y,around = self.low3(self.low2(self.low1(x))),self.up1(x)
         size = {} if 'scale_factor' in self.upsample_cfg else dict(size=around.shape[2:])
         return around + F.interpolate(y, **size, **self.upsample_cfg)
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #75ffbdec
-def check_stacks(downsample_times, num_stacks, stage_channels, stage_blocks):
+def check_stacks(
+    downsample_times:int, # halvings of each hourglass
+    num_stacks:int,       # hourglasses
+    stage_channels,       # one number for each size
+    stage_blocks,         # one number for each size
+):                        # nothing; `ValueError` with a sentence
     "Settings that have no answer get a sentence."
     sizes = len(stage_channels),len(stage_blocks)
     if sizes[0] != sizes[1] or sizes[0] <= downsample_times or num_stacks < 1:

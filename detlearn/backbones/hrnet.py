@@ -19,7 +19,7 @@ def down(
     halvings:int,     # 1 or more
     conv_cfg, norm_cfg, # recipes
     last_act=False,   # an activation behind the last convolution, too
-)->nn.Sequential:
+)->nn.Sequential:     # `(B, C, H, W)` becomes `(B, C', H/2^halvings, W/2^halvings)`
     "3×3 convolutions of stride 2; only the last one changes the channels."
     steps = []
     for k in range(halvings):
@@ -33,7 +33,7 @@ def up(
     in_channels:int,  # of the coarser branch
     out_channels:int, # of the finer branch
     conv_cfg, norm_cfg, # recipes
-)->nn.Sequential:
+)->nn.Sequential:     # `(B, C, H, W)` becomes `(B, C', H, W)`
     "A 1×1 and a norm; the resizing is done where the size is known."
     return nn.Sequential(build_conv_layer(conv_cfg, in_channels, out_channels, 1, bias=False), build_norm_layer(norm_cfg, out_channels)[1])
 

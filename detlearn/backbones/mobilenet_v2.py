@@ -22,7 +22,7 @@ def mobile_stage(
     stride:int,        # of the first
     expand:float,      # channels inside by those of the input
     **kwargs,          # for the blocks
-)->nn.Sequential:
+)->nn.Sequential:      # its blocks
     "Blocks in a row; the first changes size and channels."
     sizes = [(in_channels, stride)] + [(out_channels, 1)]*(blocks-1)
     return nn.Sequential(*[InvertedResidual(c, out_channels, int(round(c*expand)), stride=s, with_expand_conv=expand != 1, **kwargs) for c,s in sizes])

@@ -36,7 +36,7 @@ class LoadReport:
 def strip_prefix(
     state:dict,  # names and tensors
     prefix:str,  # e.g. `'backbone.'`; names without it are left out, unless none has it
-)->dict:
+)->dict:         # shorter names, the same tensors
     "The part of a state whose names begin with a prefix, without it."
     if not any(k.startswith(prefix) for k in state): return state
     return {k[len(prefix):]: v for k,v in state.items() if k.startswith(prefix)}

@@ -8,7 +8,7 @@ __all__ = ['AbsolutePositionEmbedding', 'SpatialReductionAttention', 'MixFFN', '
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #c9fa608b
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
@@ -34,7 +34,7 @@ class AbsolutePositionEmbedding(nn.Module):
     def forward(self,
         x,     # `(B, H·W, C)`
         size,  # `(H, W)`
-    ):         # same shape
+    )->Tensor: # same shape
         "Add, resized if needed."
         at = F.interpolate(to_map(self.pos_embed, self.pos_shape), size=size, mode='bilinear', align_corners=False)
         return self.drop(x + to_rows(at))
@@ -61,7 +61,7 @@ class SpatialReductionAttention(nn.Module):
     def asked(self,
         x,     # `(B, H·W, C)`
         size,  # `(H, W)`
-    ):         # `(B, N, C)`
+    )->Tensor: # `(B, N, C)`
         "The shrunken map; a map smaller than the step is padded to one."
         if self.sr_ratio == 1: return x
         h,w = [max(self.sr_ratio - s, 0) for s in size]
@@ -71,7 +71,7 @@ class SpatialReductionAttention(nn.Module):
         x,              # `(B, H·W, C)`
         size,           # `(H, W)`
         identity=None,  # what is added; default: `x`
-    ):                  # same shape
+    )->Tensor:          # same shape
         "Ask the small map, add."
         keys = self.asked(x, size)
         y = self.attn(x, keys, keys, need_weights=False)[0]
@@ -98,15 +98,26 @@ class MixFFN(nn.Module):
         x,              # `(B, H·W, C)`
         size,           # `(H, W)`
         identity=None,  # what is added; default: `x`
-    ):                  # same shape
+    )->Tensor:          # same shape
         "Widen, (look around), activate, narrow, add."
         return (x if identity is None else identity) + self.dropout_layer(to_rows(self.layers(to_map(x, size))))
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #c584b453
 class PVTLayer(nn.Module):
     "Attention to a smaller map, then two 1×1."
-    def __init__(self, embed_dims, num_heads, feedforward_channels, drop_rate=0., attn_drop_rate=0., drop_path_rate=0., qkv_bias=True,
-                 act_cfg=dict(type='GELU'), norm_cfg=dict(type='LN'), sr_ratio=1, use_conv_ffn=False):
+    def __init__(self,
+        embed_dims:int,             # channels
+        num_heads:int,              # of the attention
+        feedforward_channels:int,   # between the two linear layers
+        drop_rate:float=0.,         # dropout behind each half
+        attn_drop_rate:float=0.,    # dropout of the attention's weights
+        drop_path_rate:float=0.,    # share of the images that skip a half, in training
+        qkv_bias:bool=True,         # biases in the attention
+        act_cfg=dict(type='GELU'),  # recipe of the activation
+        norm_cfg=dict(type='LN'),   # recipe of the norms
+        sr_ratio:int=1,             # step by which keys and values are shrunk
+        use_conv_ffn:bool=False,    # a depthwise 3×3 between the linear layers
+    ):
         super().__init__()
         path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.norm1,self.norm2 = [build_norm_layer(norm_cfg, embed_dims)[1] for _ in range(2)]
@@ -116,7 +127,7 @@ class PVTLayer(nn.Module):
     def forward(self,
         x,     # `(B, H·W, C)`
         size,  # `(H, W)`
-    ):         # same shape
+    )->Tensor: # same shape
         "Both halves."
         x = self.attn(self.norm1(x), size, x)
         return self.ffn(self.norm2(x), size, x)

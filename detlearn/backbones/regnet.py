@@ -80,14 +80,25 @@ class RegNet(ResNet):
         self.archs = {arch if isinstance(arch, str) else 'described': (FlatBottleneck, blocks)}
         super().__init__(*self.archs, stem_channels=stem_channels, num_stages=n, strides=strides[:n], dilations=dilations[:n], out_indices=out_indices, **kwargs)
 
-    def make_stem(self, in_channels, channels, conv_cfg, norm_cfg):
+    def make_stem(self,
+        in_channels:int, # of the image
+        channels:int,    # of the stem
+        conv_cfg,        # recipe of the convolution
+        norm_cfg,        # recipe of the norm
+    ):                   # nothing; the layers become attributes
         "One 3×3 of stride 2, no pooling."
         self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 3, stride=2, padding=1, bias=False)
         self.norm1_name,norm = build_norm_layer(norm_cfg, channels, 1)
         self.add_module(self.norm1_name, norm)
         self.maxpool = nn.Identity()
 
-    def make_res_layer(self, stage, block, inplanes, planes, *args, **kwargs):
+    def make_res_layer(self,
+        stage:int,       # its number, from 0
+        block,           # class of its blocks
+        inplanes:int,    # channels that come in, where it is the first stage
+        planes:int,      # not used: the width follows from the line
+        *args, **kwargs, # of `res_layer`
+    )->nn.Sequential:    # its blocks
         "A stage as wide as the line says."
         width,group = self.widths[stage],self.group_widths[stage]
         before = inplanes if stage == 0 else self.widths[stage-1]

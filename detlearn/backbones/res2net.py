@@ -8,7 +8,7 @@ __all__ = ['chain_parts', 'ChainBottleneck', 'Res2Net']
 # %% ../../nbs/04_backbones/04_res2net.ipynb #f232bcf8
 import math
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_conv_layer, build_norm_layer
@@ -21,7 +21,7 @@ def chain_parts(
     norms,       # their norms
     alone=False, # the first block of a stage: parts are not added up
     pool=None,   # halves the last part, where the convolutions halve the others
-):               # `(B, width·scales, H', W')`
+)->Tensor:       # `(B, width·scales, H', W')`
     "Convolve part by part, each with what the one before it found."
     parts = x.chunk(len(convs)+1, 1)
     outs = []
@@ -62,7 +62,7 @@ class ChainBottleneck(Bottleneck):
 
     def residual(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`, before the activation
+    )->Tensor: # `(B, C_out, H', W')`, before the activation
         "1×1, chain, 1×1, plus the input."
         def behind(y, place):
             for name in self.behind.get(place, ()): y = getattr(self, name)(y)
@@ -91,6 +91,9 @@ class Res2Net(ResNet):
         self.block_settings = dict(scales=scales, base_width=base_width, base_channels=kwargs.get('base_channels', 64))
         super().__init__(style=style, deep_stem=deep_stem, avg_down=avg_down, pretrained=pretrained, init_cfg=init_cfg, **kwargs)
 
-    def make_res_layer(self, stage, *args, **kwargs):
+    def make_res_layer(self,
+        stage:int,       # its number, not used
+        *args, **kwargs, # of `res_layer`
+    )->nn.Sequential:    # its blocks
         "The first block of a stage does not add its parts up."
         return res_layer(*args, first=dict(stage_type='stage'), **kwargs)

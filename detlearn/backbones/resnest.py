@@ -6,7 +6,7 @@
 __all__ = ['choose', 'SplitAttentionConv2d', 'SplitBottleneck', 'ResNeSt']
 
 # %% ../../nbs/04_backbones/05_resnest.ipynb #1fd1e057
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_conv_layer, build_norm_layer
@@ -18,7 +18,7 @@ def choose(
     scores,     # `(B, radix·C, 1, 1)`, groups first, then looks: as the layers give it
     radix:int,  # looks
     groups:int, # of the channels
-):              # `(B, radix, C, 1, 1)`, adds up to 1 over the looks; one look: a gate between 0 and 1
+)->Tensor:      # `(B, radix, C, 1, 1)`, adds up to 1 over the looks; one look: a gate between 0 and 1
     "Who is believed in each channel."
     if radix == 1: return scores.sigmoid()[:, None]
     votes = scores.view(len(scores), groups, radix, -1).transpose(1, 2).softmax(1)   # (B, radix, groups, C/groups)
@@ -49,7 +49,7 @@ class SplitAttentionConv2d(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, channels, H', W')`
+    )->Tensor: # `(B, channels, H', W')`
         "Look, sum, squeeze, choose."
         looks = F.relu(getattr(self, self.norm0_name)(self.conv(x))).unflatten(1, (self.radix, -1))  # (B, radix, C, H', W')
         mean = looks.sum(1).mean((2, 3), keepdim=True)
@@ -84,7 +84,7 @@ class SplitBottleneck(Bottleneck):
 
     def residual(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`, before the activation
+    )->Tensor: # `(B, C_out, H', W')`, before the activation
         "1×1, split attention, average, 1×1, plus the input."
         def behind(y, place):
             for name in self.behind.get(place, ()): y = getattr(self, name)(y)

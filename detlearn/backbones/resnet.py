@@ -7,7 +7,7 @@ __all__ = ['ARCHS', 'ResBlock', 'BasicBlock', 'Bottleneck', 'res_layer', 'deep_s
            'check_resnet', 'stage_plugins', 'ResNet', 'ResNetV1d']
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #747f3c29
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES
@@ -19,7 +19,13 @@ from ..layers.initialize import initialize
 class ResBlock(nn.Module):
     "What both kinds share: convolutions in a row, plug-ins behind them, and the way around."
     expansion = 1
-    def __init__(self, convs, norm_cfg, downsample, with_cp, plugins=()):
+    def __init__(self,
+        convs,        # `(recipe, channels in, channels out, kernel size, settings)` of each
+        norm_cfg,     # recipe of the norms
+        downsample,   # layers in the way around, or None
+        with_cp:bool, # save memory, see `forward`
+        plugins=(),   # `(number of a convolution, recipe)`: layers behind that one
+    ):
         super().__init__()
         self.steps,self.behind = [],{}
         for i,(cfg,c_in,c_out,kernel,kw) in enumerate(convs, 1):
@@ -37,7 +43,7 @@ class ResBlock(nn.Module):
 
     def residual(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`, before the activation
+    )->Tensor: # `(B, C_out, H', W')`, before the activation
         "Convolutions and plug-ins, plus the input."
         y = x
         for i,(conv,norm) in enumerate(self.steps, 1):
@@ -49,7 +55,7 @@ class ResBlock(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "The block; with `with_cp` its inside is computed again in the backward pass, to save memory."
         y = cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad else self.residual(x)
         return F.relu(y, inplace=True)
@@ -151,7 +157,7 @@ class Freezable(nn.Module):
 
     def train(self,
         mode=True, # True: training
-    ):             # itself
+    )->nn.Module:  # itself
         "Training mode, except for what is frozen and (with `norm_eval`) the batch norms."
         super().train(mode)
         self.freeze()
@@ -242,11 +248,19 @@ class ResNet(Freezable):
             inplanes = planes*block.expansion
         start_weights(self, zero_init_residual); self.freeze()
 
-    def make_res_layer(self, stage, *args, **kwargs):
+    def make_res_layer(self,
+        stage:int,       # its number, from 0
+        *args, **kwargs, # of `res_layer`
+    )->nn.Sequential:    # its blocks
         "One stage; a relative may make its own."
         return res_layer(*args, **kwargs)
 
-    def make_stem(self, in_channels, channels, conv_cfg, norm_cfg):
+    def make_stem(self,
+        in_channels:int, # of the image
+        channels:int,    # of the stem
+        conv_cfg,        # recipe of the convolutions
+        norm_cfg,        # recipe of the norms
+    ):                   # nothing; the layers become attributes
         "Stride 2, then a pooling of stride 2."
         if self.deep_stem: self.stem = deep_stem(in_channels, channels, conv_cfg, norm_cfg)
         else:

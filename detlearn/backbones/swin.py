@@ -8,7 +8,7 @@ __all__ = ['to_rows', 'to_map', 'pad_end', 'PatchEmbed', 'PatchMerging', 'relati
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #fedd5874
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch.nn.modules.utils import _pair
@@ -22,14 +22,14 @@ from .resnet import Freezable
 # %% ../../nbs/04_backbones/13_swin.ipynb #8554b164
 def to_rows(
     x, # `(B, C, H, W)`
-):     # `(B, H·W, C)`
+)->Tensor: # `(B, H·W, C)`
     "A map as rows of places."
     return x.flatten(2).mT
 
 def to_map(
     x,      # `(B, H·W, C)`
     size,   # `(H, W)`
-):          # `(B, C, H, W)`
+)->Tensor:  # `(B, C, H, W)`
     "Rows of places as a map."
     return x.mT.unflatten(2, size)
 
@@ -37,7 +37,7 @@ def pad_end(
     x,       # `(B, C, H, W)`
     kernel,  # pair
     stride,  # pair
-):           # padded below and at the right, so that every pixel is in a window
+)->Tensor:   # padded below and at the right, so that every pixel is in a window
     "Padding at the end, as much as the windows need."
     h,w = [sum(same_padding(s, k, t, 1)) for s,k,t in zip(x.shape[2:], kernel, stride)]
     return F.pad(x, (0, w, 0, h)) if h or w else x
@@ -92,7 +92,7 @@ class PatchMerging(nn.Module):
 # %% ../../nbs/04_backbones/13_swin.ipynb #1c7899f3
 def relative_index(
     height:int, width:int, # of a window
-):                         # `(N, N)` int64: the number of each pair's relative position
+)->Tensor:                 # `(N, N)` int64: the number of each pair's relative position
     "Pairs of places with the same distance share a number."
     y,x = torch.arange(height).repeat_interleave(width),torch.arange(width).repeat(height)
     return (y[:, None] - y + height - 1)*(2*width - 1) + x[:, None] - x + width - 1
@@ -119,7 +119,7 @@ class WindowMSA(nn.Module):
     def forward(self,
         x,         # `(windows, N, C)`
         mask=None, # `(W, N, N)`, added; windows are `W` for each image
-    ):             # same shape as `x`
+    )->Tensor:     # same shape as `x`
         "Similarity, position, mask, softmax, mean."
         q,k,v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)     # (windows, heads, N, d) each
         similar = q*self.scale @ k.mT + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
@@ -131,7 +131,7 @@ class WindowMSA(nn.Module):
 def cut(
     x,          # `(B, H, W, C)`, sizes are multiples of the window
     window:int, # side
-):              # `(B·windows, window², C)`
+)->Tensor:      # `(B·windows, window², C)`
     "A map into windows."
     b,h,w,c = x.shape
     return x.view(b, h//window, window, w//window, window, c).transpose(2, 3).reshape(-1, window**2, c)
@@ -140,7 +140,7 @@ def join(
     x,          # `(B·windows, window², C)`
     window:int, # side
     size,       # `(H, W)`
-):              # `(B, H, W, C)`
+)->Tensor:      # `(B, H, W, C)`
     "Windows into a map."
     h,w = size
     return x.view(-1, h//window, w//window, window, window, x.shape[-1]).transpose(2, 3).reshape(-1, h, w, x.shape[-1])
@@ -150,7 +150,7 @@ def shift_mask(
     window:int, # side
     shift:int,  # by how much the map is rolled
     like,       # tensor whose device and dtype is taken
-):              # `(windows, window², window²)`: 0, or -100 for pairs that are no neighbours
+)->Tensor:      # `(windows, window², window²)`: 0, or -100 for pairs that are no neighbours
     "Keep apart what only the rolling brought together."
     def region(n): i = torch.arange(n, device=like.device); return (i >= n-window).long() + (i >= n-shift).long()
     number = cut((region(size[0])[:, None]*3 + region(size[1]))[None, ..., None], window)[..., 0]
@@ -176,7 +176,7 @@ class ShiftWindowMSA(nn.Module):
     def forward(self,
         x,     # `(B, H·W, C)`
         size,  # `(H, W)`
-    ):         # same shape
+    )->Tensor: # same shape
         "Pad, roll, cut, attend, join, roll back, crop."
         (h,w),n,s = size,self.window_size,self.shift_size
         x = F.pad(x.unflatten(1, size), (0, 0, 0, -w % n, 0, -h % n))
@@ -205,22 +205,38 @@ class FFN(nn.Module):
     def forward(self,
         x,              # `(..., C)`
         identity=None,  # what is added; default: `x`
-    ):                  # same shape
+    )->Tensor:          # same shape
         "Widen, activate, narrow, add."
         y = self.dropout_layer(self.layers(x))
         return (x if identity is None else identity) + y if self.add_identity else y
 
 class SwinBlock(nn.Module):
     "Attention in windows, then two linear layers."
-    def __init__(self, embed_dims, num_heads, feedforward_channels, window_size=7, shift=False, qkv_bias=True, qk_scale=None, drop_rate=0.,
-                 attn_drop_rate=0., drop_path_rate=0., act_cfg=dict(type='GELU'), norm_cfg=dict(type='LN'), with_cp=False):
+    def __init__(self,
+        embed_dims:int,             # channels
+        num_heads:int,              # of the attention
+        feedforward_channels:int,   # between the two linear layers
+        window_size:int=7,          # side of a window, cells
+        shift:bool=False,           # windows moved by half their side
+        qkv_bias:bool=True,         # biases in the attention
+        qk_scale:float=None,        # factor of the similarities, see `WindowMSA`
+        drop_rate:float=0.,         # dropout behind each half
+        attn_drop_rate:float=0.,    # dropout of the attention's weights
+        drop_path_rate:float=0.,    # share of the images that skip a half, in training
+        act_cfg=dict(type='GELU'),  # recipe of the activation
+        norm_cfg=dict(type='LN'),   # recipe of the norms
+        with_cp:bool=False,         # compute the inside again in the backward pass, to save memory
+    ):
         super().__init__()
         path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.norm1,self.norm2 = [build_norm_layer(norm_cfg, embed_dims)[1] for _ in range(2)]
         self.attn = ShiftWindowMSA(embed_dims, num_heads, window_size, window_size//2 if shift else 0, qkv_bias, qk_scale, attn_drop_rate, drop_rate, path)
         self.ffn,self.with_cp = FFN(embed_dims, feedforward_channels, act_cfg, drop_rate, path),with_cp
 
-    def steps(self, x, size):
+    def steps(self,
+        x,     # `(B, H·W, C)`
+        size,  # `(H, W)`
+    )->Tensor: # same shape
         "Both halves."
         x = x + self.attn(self.norm1(x), size)
         return self.ffn(self.norm2(x), x)
@@ -228,14 +244,19 @@ class SwinBlock(nn.Module):
     def forward(self,
         x,     # `(B, H·W, C)`
         size,  # `(H, W)`
-    ):         # same shape
+    )->Tensor: # same shape
         "The block, with its memory saved if wanted."
         return cp.checkpoint(self.steps, x, size, use_reentrant=False) if self.with_cp and x.requires_grad else self.steps(x, size)
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #4e97cb22
 class SwinStage(nn.Module):
     "Blocks, every second one moved, and a halving behind them."
-    def __init__(self, depth, downsample, drop_path_rates, **kwargs):
+    def __init__(self,
+        depth:int,       # blocks; every second one has shifted windows
+        downsample,      # `PatchMerging` behind them, or None
+        drop_path_rates, # one for each block
+        **kwargs,        # of `SwinBlock`
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(SwinBlock(shift=i % 2 == 1, drop_path_rate=drop_path_rates[i], **kwargs) for i in range(depth))
         self.downsample = downsample

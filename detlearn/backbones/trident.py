@@ -7,7 +7,7 @@ __all__ = ['TridentConv', 'TridentBottleneck', 'TridentResNet']
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #5c7c9848
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch.nn.modules.utils import _pair
@@ -34,7 +34,7 @@ class TridentConv(nn.Module):
     def forward(self,
         x,           # `(B, C_in, H, W)`
         branch:int,  # number of the branch
-    ):               # `(B, C_out, H', W')`
+    )->Tensor:       # `(B, C_out, H', W')`
         "The branch's convolution."
         d = self.dilations[branch]
         return F.conv2d(x, self.weight, self.bias, self.stride, d*(self.weight.shape[-1]//2), d)
@@ -61,7 +61,7 @@ class TridentBottleneck(Bottleneck):
     def of_branch(self,
         x,           # `(B, C_in, H, W)`
         branch:int,  # number of the branch
-    ):               # `(B, C_out, H', W')`
+    )->Tensor:       # `(B, C_out, H', W')`
         "The block as one branch sees it."
         y = x
         for i,(conv,norm) in enumerate(self.steps, 1):
@@ -73,7 +73,7 @@ class TridentBottleneck(Bottleneck):
 
     def forward(self,
         x,     # `(B, C_in, H, W)`, or a list of such maps
-    ):         # a list, or with `concat_output` one map `(branches·B, C_out, H', W')`
+    )->list|Tensor: # a list, or with `concat_output` one map `(branches·B, C_out, H', W')`
         "Every branch in training, the chosen one in a test."
         all_of_them = self.training or self.test_branch == -1
         branches = range(len(self.conv2.dilations)) if all_of_them else [self.test_branch]
@@ -100,7 +100,11 @@ class TridentResNet(ResNet):
         self.branch_settings = dict(trident_dilations=trident_dilations, test_branch_idx=test_branch_idx)
         super().__init__(depth, **kwargs)
 
-    def make_res_layer(self, stage, block, *args, **kwargs):
+    def make_res_layer(self,
+        stage:int,       # its number, from 0
+        block,           # class of its blocks; the last stage takes its own
+        *args, **kwargs, # of `res_layer`
+    )->nn.Sequential:    # its blocks
         "The last stage has branches; its last block puts them into the batch."
         if stage < 2: return res_layer(block, *args, **kwargs)
         layer = res_layer(TridentBottleneck, *args, **self.branch_settings, **kwargs)

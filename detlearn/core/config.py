@@ -10,6 +10,7 @@ __all__ = ['IN_CODE', 'MissingKey', 'wrap', 'unwrap', 'ConfigDict', 'walk', 'ste
 
 # %% ../../nbs/01_core/01c_config.ipynb #74f20723
 import importlib, importlib.util, keyword, os, re, warnings
+from collections.abc import Iterator
 from pathlib import Path
 from .registry import NotFound, nearest, spelled_like
 from .config_language import CALLS, LIMITS, ConfigError, Reading, Traced, plain, shown
@@ -21,14 +22,14 @@ class MissingKey(NotFound, AttributeError):
 
 def wrap(
     value, # anything
-):         # dicts as `ConfigDict`, also inside lists and tuples
+)->object: # dicts as `ConfigDict`, also inside lists and tuples
     "Attributes for all dicts."
     if isinstance(value, dict): return value if isinstance(value, ConfigDict) else ConfigDict(value)
     return type(value)(map(wrap, value)) if type(value) in (list, tuple) else value
 
 def unwrap(
     value, # anything
-):         # plain dicts, lists and tuples, all new
+)->object: # plain dicts, lists and tuples, all new
     "What `wrap` did, undone."
     if isinstance(value, dict): return {k: unwrap(v) for k,v in value.items()}
     return type(value)(map(unwrap, value)) if type(value) in (list, tuple) else value
@@ -51,7 +52,10 @@ class ConfigDict(dict):
         "As for a dict; dicts get attributes."
         for k,v in dict(*args, **kwargs).items(): self[k] = v
 
-    def setdefault(self, key, default=None):
+    def setdefault(self,
+        key,           # name
+        default=None,  # its value, if there is none yet
+    )->object:         # the value that is there now
         "As for a dict; a dict gets attributes."
         if key not in self: self[key] = default
         return self[key]
@@ -64,7 +68,7 @@ class ConfigDict(dict):
 def walk(
     tree,     # anything
     path=(),  # of the tree itself
-):            # `(path, value)` of everything inside, outermost first
+)->Iterator:  # `(path, value)` of everything inside, outermost first
     "All values of a tree with their paths."
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree,
                                                                                       (list,
@@ -117,7 +121,7 @@ def split_commas(
 # %% ../../nbs/01_core/01c_config.ipynb #03426af7
 def parse_value(
     text:str, # what stands after the `=`
-):            # int, float, bool, None, string, list or tuple
+)->object:    # int, float, bool, None, string, list or tuple
     "The value of a text from the command line."
     text = text.strip().strip('\'"').strip()
     parts = split_commas(text)
@@ -315,7 +319,7 @@ class Config(ConfigDict):
         path,                      # a file, or a name below `detlearn/configs` without `.py`
         root=None,                 # folder that no `_base_` may leave; None: see `default_root`
         allow_custom_imports=False,# True: import the modules that `custom_imports` names
-    ):                             # `Config`; `ConfigError` for whatever is wrong
+    )->'Config':                   # `Config`; `ConfigError` for whatever is wrong
         "Read a config and its `_base_` files; nothing is executed."
         file = find_config(path)
         root = Path(os.path.realpath(root)) if root else default_root(file)

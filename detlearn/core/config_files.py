@@ -51,7 +51,7 @@ def merged_items(
     child:dict, # of `Traced`; keys are numbers, as strings
     base,       # list or tuple of `Traced`
     path='',    # keys so far
-):              # of the type of `base`
+)->list|tuple:  # of the type of `base`
     "Item by item."
     out = list(base)
     for k,v in child.items():
@@ -217,7 +217,10 @@ def load_bases(
 # %% ../../nbs/01_core/01b_config_files.ipynb #14e91515
 class PlainLoader(yaml.SafeLoader):
     "YAML without aliases."
-    def compose_node(self, parent, index):
+    def compose_node(self,
+        parent,     # node around it, or None
+        index,      # its place there
+    )->yaml.Node:   # the node; `YAMLError` for an alias
         "A node of the text; an alias is refused."
         if self.check_event(yaml.AliasEvent):
             line = self.peek_event().start_mark.line+1

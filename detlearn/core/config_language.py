@@ -9,6 +9,7 @@ __all__ = ['Traced', 'LIMITS', 'READERS', 'NOT_DATA', 'OPERATORS', 'CALLS', 'Con
 
 # %% ../../nbs/01_core/01_config_language.ipynb #051490e9
 import ast, operator, os, warnings
+from collections.abc import Callable, Iterator
 from collections import ChainMap, namedtuple
 from pathlib import Path
 from .registry import nearest, spelled_like
@@ -22,7 +23,7 @@ class ConfigError(ValueError):
 # %% ../../nbs/01_core/01_config_language.ipynb #0ae3009d
 def plain(
     traced, # `Traced`
-):          # its value, without places
+)->object:  # its value, without places
     "A value as anybody else wants it."
     v = traced.value
     if isinstance(v, dict): return {k: plain(x) for k,x in v.items()}
@@ -126,7 +127,7 @@ NOT_DATA = dict(Attribute='an attribute', Lambda='a function', FunctionDef='a fu
 # %% ../../nbs/01_core/01_config_language.ipynb #2078d28f
 def reads(
     *kinds, # classes of `ast`
-):          # decorator
+)->Callable: # decorator
     "Give a kind of syntax its meaning."
     return lambda f: READERS.update(dict.fromkeys(kinds, f)) or f
 
@@ -167,7 +168,7 @@ def as_key(
     traced, # that must be a plain value
     node,   # where
     src,    # `Source`
-):          # string, number, bool or None
+)->str|int|float|bool|None: # string, number, bool or None
     "A key, or a `ConfigError`."
     if isinstance(traced.value, (str, int, float, type(None))): return traced.value
     src.refuse(node, 'a key must be a string or a number')
@@ -203,7 +204,7 @@ def _dict(node, src):
 def parse(
     src,         # `Source`
     mode='exec', # or `'eval'`: one expression
-):               # syntax tree
+)->ast.AST:      # syntax tree
     "The tree of a text; what is no Python becomes a `ConfigError`."
     try:
         with warnings.catch_warnings():
@@ -219,7 +220,7 @@ def value_of(
     text:str,   # an expression
     limits={},  # other values for `LIMITS`
     **names,    # plain values of names
-):              # its value
+)->object:      # its value
     "Read one expression, as if it stood in a config of one line."
     src = Source('text', text, Reading('.', **limits))
     src.names.update({k: Traced(v, 'text:0') for k,v in names.items()})
@@ -234,7 +235,7 @@ def attempt(
     node,  # where
     f,     # what to try
     *args, # with what
-):         # its result
+)->object: # its result
     "Python's complaint becomes a `ConfigError` with a line."
     try: return f(*args)
     except (TypeError, ValueError, ArithmeticError, LookupError) as e:
@@ -244,7 +245,7 @@ def attempt(
 def measured_mul(
     a, b,     # plain operands
     most:int, # items
-):            # the product; `ValueError` if a list or string became too long
+)->object:    # the product; `ValueError` if a list or string became too long
     "A product of limited size."
     for seq,n in ((a, b), (b, a)):
         if isinstance(seq, (str, list, tuple)) and isinstance(n, int) and len(seq)*n > most:
@@ -377,7 +378,7 @@ def bind(
 def turns(
     loops, # the `for` parts of a comprehension
     src,   # `Source`
-):         # one `None` for each turn, its names bound
+)->Iterator: # one `None` for each turn, its names bound
     "Run through loops in loops."
     if not loops: yield; return
     loop,*rest = loops

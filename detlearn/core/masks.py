@@ -52,7 +52,7 @@ def resize_bitmaps(
     height:int,              # new
     width:int,               # new
     interpolation='nearest', # or `'bilinear'`, cut at 0.5
-):                           # `(G, height, width)` uint8 array
+)->np.ndarray:               # `(G, height, width)` uint8 array
     "Bitmaps of another size."
     if interpolation not in ('nearest', 'bilinear'): raise ValueError(f"masks can't be resized by {interpolation!r}: choose 'nearest' or 'bilinear'.")
     if not masks.size or not len(masks): return np.zeros((len(masks), height, width), np.uint8)
@@ -68,7 +68,7 @@ def shifted(
     dx:int,     # pixels to the right; negative: to the left
     dy:int,     # pixels down; negative: up
     fill_val=0, # what comes in
-):              # `(G, height, width)` uint8 array
+)->np.ndarray:  # `(G, height, width)` uint8 array
     "Bitmaps moved; what leaves is gone."
     out = np.full((len(masks), *out_shape), fill_val, np.uint8)
     h,w = [min(n, m) for n,m in zip(out_shape, masks.shape[1:])]
@@ -78,7 +78,7 @@ def shifted(
 
 def box_of(
     mask, # `(H, W)` array
-):        # x1, y1, x2, y2; the last two lie behind the last pixel; zeros for an empty mask
+)->tuple: # x1, y1, x2, y2; the last two lie behind the last pixel; zeros for an empty mask
     "The smallest box around a bitmap."
     x,y = np.flatnonzero(mask.any(0)),np.flatnonzero(mask.any(1))
     return (x[0], y[0], x[-1]+1, y[-1]+1) if len(x) else (0, 0, 0, 0)
@@ -91,7 +91,7 @@ class InstanceMasks:
     def rescale(self,
         scale,                   # see `rescaled_size`
         interpolation='nearest', # see `resize_bitmaps`
-    ):                           # of the same class
+    )->'InstanceMasks':          # of the same class
         "Another size, the same shape."
         return self.resize(rescaled_size(self.height, self.width, scale), interpolation)
 
@@ -119,39 +119,39 @@ class BitmapMasks(InstanceMasks):
 
     def made(self,
         masks, # `(G, H', W')` array
-    ):         # `BitmapMasks` of that size
+    )->'BitmapMasks': # `BitmapMasks` of that size
         "A new one of these maps."
         return BitmapMasks(masks, *masks.shape[1:])
 
     @property
-    def areas(self): # `(G,)` array, pixels
+    def areas(self)->np.ndarray: # `(G,)` array, pixels
         "Pixels of each object."
         return self.masks.sum((1, 2))
 
     def resize(self,
         out_shape,               # `(height, width)`
         interpolation='nearest', # see `resize_bitmaps`
-    ):                           # `BitmapMasks`
+    )->'BitmapMasks':            # `BitmapMasks`
         "Another size."
         return self.made(resize_bitmaps(self.masks, *out_shape, interpolation))
 
     def flip(self,
         flip_direction='horizontal', # or `'vertical'`, `'diagonal'`
-    ):                               # `BitmapMasks`
+    )->'BitmapMasks':                # `BitmapMasks`
         "A mirror image."
         return self.made(np.ascontiguousarray(np.flip(self.masks, flip_axes(flip_direction))))
 
     def pad(self,
         out_shape, # `(height, width)`
         pad_val=0, # for the new pixels
-    ):             # `BitmapMasks`
+    )->'BitmapMasks': # `BitmapMasks`
         "Room at the right and at the bottom."
         h,w = out_shape
         return self.made(np.pad(self.masks, ((0, 0), (0, h-self.height), (0, w-self.width)), constant_values=pad_val))
 
     def crop(self,
         bbox, # `(4,)` xyxy, whole pixels; cut at the border
-    ):        # `BitmapMasks`
+    )->'BitmapMasks': # `BitmapMasks`
         "A part, at least one pixel wide and high."
         x1,y1,w,h = crop_window(bbox, self.height, self.width)
         return self.made(self.masks[:, y1:y1+h, x1:x1+w])
@@ -163,7 +163,7 @@ class BitmapMasks(InstanceMasks):
         device='cpu',            # for zoo configs, not used
         interpolation='bilinear',# for zoo configs, not used
         binarize=True,           # see the function
-    ):                           # `BitmapMasks` of `K`
+    )->'BitmapMasks':            # `BitmapMasks` of `K`
         "See the function `crop_and_resize`."
         t = lambda x: torch.as_tensor(np.asarray(x))
         return self.made(crop_and_resize(t(self.masks), t(bboxes).float(), t(inds).long(), tuple(out_shape), binarize).numpy())
@@ -173,7 +173,7 @@ class BitmapMasks(InstanceMasks):
         expanded_w:int, # new width
         top:int,        # where the old one begins
         left:int,       # where the old one begins
-    ):                  # `BitmapMasks`
+    )->'BitmapMasks':   # `BitmapMasks`
         "Room all around."
         bottom,right = expanded_h-self.height-top,expanded_w-self.width-left
         return self.made(np.pad(self.masks, ((0, 0), (top, bottom), (left, right))))
@@ -184,16 +184,16 @@ class BitmapMasks(InstanceMasks):
         direction='horizontal', # or `'vertical'`
         fill_val=0,             # what comes in
         interpolation='bilinear', # for zoo configs, not used: whole pixels are moved
-    ):                          # `BitmapMasks`
+    )->'BitmapMasks':           # `BitmapMasks`
         "Moved; what leaves is gone."
         dx,dy = (int(offset), 0) if direction == 'horizontal' else (0, int(offset))
         return self.made(shifted(self.masks, out_shape, dx, dy, fill_val))
 
-    def get_bboxes(self): # `(G, 4)` float32 array xyxy; zeros for an empty mask
+    def get_bboxes(self)->np.ndarray: # `(G, 4)` float32 array xyxy; zeros for an empty mask
         "The smallest box around each object; its right and bottom edges lie behind the last pixel."
         return np.array([box_of(m) for m in self.masks], np.float32).reshape(-1, 4)
 
-    def to_ndarray(self): # `(G, H, W)` uint8
+    def to_ndarray(self)->np.ndarray: # `(G, H, W)` uint8
         "The array."
         return self.masks
 
@@ -233,7 +233,7 @@ def paint(
     parts,      # arrays `x1 y1 x2 y2 ...` of one object
     height:int, # pixels
     width:int,  # pixels
-):              # `(H, W)` uint8 array
+)->np.ndarray:  # `(H, W)` uint8 array
     "A polygon as pixels, by pycocotools."
     rles = coco_mask.frPyObjects([p.tolist() for p in parts], height, width)
     return coco_mask.decode(coco_mask.merge(rles))
@@ -256,27 +256,27 @@ class PolygonMasks(InstanceMasks):
         f,           # `f(x, y)` gives new `x, y`, arrays
         height=None, # new; None: as it was
         width=None,  # new; None: as it was
-    ):               # `PolygonMasks`
+    )->'PolygonMasks': # `PolygonMasks`
         "All corners through a function."
         join = lambda p: np.stack(f(p[0::2], p[1::2]), -1).reshape(-1)
         return PolygonMasks([[join(p) for p in parts] for parts in self.masks], height or self.height, width or self.width)
 
     @property
-    def areas(self): # `(G,)` array, pixels²
+    def areas(self)->np.ndarray: # `(G,)` array, pixels²
         "Area of each object; parts are added."
         return np.array([sum(map(polygon_area, parts)) for parts in self.masks])
 
     def resize(self,
         out_shape,          # `(height, width)`
         interpolation=None, # not used
-    ):                      # `PolygonMasks`
+    )->'PolygonMasks':      # `PolygonMasks`
         "Another size."
         h,w = out_shape
         return self.moved(lambda x,y: (x*w/self.width, y*h/self.height), h, w)
 
     def flip(self,
         flip_direction='horizontal', # or `'vertical'`, `'diagonal'`
-    ):                               # `PolygonMasks`
+    )->'PolygonMasks':               # `PolygonMasks`
         "A mirror image."
         axes = flip_axes(flip_direction)
         return self.moved(lambda x,y: (self.width-x if 2 in axes else x, self.height-y if 1 in axes else y))
@@ -284,13 +284,13 @@ class PolygonMasks(InstanceMasks):
     def pad(self,
         out_shape, # `(height, width)`
         pad_val=0, # not used
-    ):             # `PolygonMasks`
+    )->'PolygonMasks': # `PolygonMasks`
         "Room at the right and at the bottom."
         return self.moved(lambda x,y: (x, y), *out_shape)
 
     def crop(self,
         bbox, # `(4,)` xyxy, whole pixels; cut at the border
-    ):        # `PolygonMasks`
+    )->'PolygonMasks': # `PolygonMasks`
         "A part; corners outside stay where they are."
         x1,y1,w,h = crop_window(bbox, self.height, self.width)
         return self.moved(lambda x,y: (x-x1, y-y1), h, w)
@@ -302,7 +302,7 @@ class PolygonMasks(InstanceMasks):
         device='cpu',            # for zoo configs, not used
         interpolation='bilinear',# for zoo configs, not used
         binarize=True,           # for zoo configs, not used
-    ):                           # `PolygonMasks` of `K`
+    )->'PolygonMasks':           # `PolygonMasks` of `K`
         "Each box's view of its object."
         (h,w),out = out_shape,[]
         for (x1,y1,x2,y2),i in zip(np.asarray(bboxes, float), inds):
@@ -316,22 +316,22 @@ class PolygonMasks(InstanceMasks):
         direction='horizontal', # or `'vertical'`
         fill_val=None,          # not used
         interpolation=None,     # not used
-    ):                          # `PolygonMasks`, cut at the border
+    )->'PolygonMasks':          # `PolygonMasks`, cut at the border
         "Moved."
         h,w = out_shape
         if direction == 'horizontal': return self.moved(lambda x,y: (np.clip(x+offset, 0, w), y), h, w)
         return self.moved(lambda x,y: (x, np.clip(y+offset, 0, h)), h, w)
 
-    def get_bboxes(self): # `(G, 4)` float32 array xyxy
+    def get_bboxes(self)->np.ndarray: # `(G, 4)` float32 array xyxy
         "The smallest box around each object."
         boxes = [[f(np.concatenate(parts)[k::2]) for f in (np.min, np.max) for k in (0, 1)] for parts in self.masks]
         return np.array(boxes, np.float32).reshape(-1, 4)
 
-    def to_bitmap(self): # `BitmapMasks`
+    def to_bitmap(self)->BitmapMasks: # `BitmapMasks`
         "Painted, as COCO does."
         return BitmapMasks([paint(parts, self.height, self.width) for parts in self.masks], self.height, self.width)
 
-    def to_ndarray(self): # `(G, H, W)` uint8
+    def to_ndarray(self)->np.ndarray: # `(G, H, W)` uint8
         "Painted."
         return self.to_bitmap().masks
 

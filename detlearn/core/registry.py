@@ -12,6 +12,7 @@ __all__ = ['LAYER_SPECS', 'BACKBONES', 'NECKS', 'HEADS', 'DETECTORS', 'ROI_EXTRA
 
 # %% ../../nbs/01_core/00_registry.ipynb #41a546d0
 import difflib, importlib, inspect, re, sys
+from collections.abc import Callable
 from .._modidx import d as _index
 
 # %% ../../nbs/01_core/00_registry.ipynb #b68e4875
@@ -59,7 +60,7 @@ def call(
     part,     # class or function
     kw,       # its settings, a dict
     where='', # path in the config, such as `model.backbone`; for messages
-):            # what the call gives; `TypeError` for an unknown or missing setting
+)->object:    # what the call gives; `TypeError` for an unknown or missing setting
     "Call with settings; what is wrong with them is said in a sentence with its place."
     at,name = f' (at {where})' if where else '',getattr(part, '__name__', repr(part))
     names,needs,free = settings_of(part)
@@ -85,7 +86,7 @@ def is_spec(
 # %% ../../nbs/01_core/00_registry.ipynb #22e8e89a
 def copied(
     cfg,  # dicts, lists and tuples in each other, and anything inside
-):        # the same with new containers; what is inside is shared
+)->object: # the same with new containers; what is inside is shared
     "A copy that can be changed."
     if isinstance(cfg, dict): return {k: copied(v) for k,v in cfg.items()}
     return type(cfg)(map(copied, cfg)) if type(cfg) in (list, tuple) else cfg
@@ -126,7 +127,7 @@ class Registry(dict):
         name=None,   # another name, a list of names, or (as a bare decorator) the class itself
         force=False, # replace a different class of that name
         module=None, # the class, if not used as a decorator
-    ):               # the class, or a decorator
+    )->Callable:     # the class, or a decorator
         "Add a class or function under its name; `KeyError` if another one has it."
         if callable(name): return add_part(self, name, None, force)
         if module is not None: return add_part(self, module, name, force)
@@ -135,7 +136,7 @@ class Registry(dict):
     def find(self,
         name,     # a type name; a class or function is given back as it is
         where='', # path in the config, for the message
-    ):            # class or function
+    )->Callable:  # class or function
         "The class of a name: from here, from another registry, or from a module not imported yet."
         return find_part(self, name, where)
 
@@ -144,7 +145,7 @@ class Registry(dict):
         where='',          # path in the config, for messages
         default_args=None, # settings that the config may override, a dict
         **defaults,        # the same, as keywords
-    ):                     # objects in place of dicts
+    )->object:             # objects in place of dicts
         "Turn nested config into nested objects, so that no class ever sees a config."
         return build_parts(self, cfg, where, {**(default_args or {}), **defaults})
 
@@ -154,7 +155,7 @@ def add_part(
     part,       # class or function
     name=None,  # a name, several, or None for its own
     force=False,# replace a different one
-):              # `part`
+)->Callable:    # `part`
     "Write a part into a registry; a true clash is an error that names both places."
     if not callable(part): raise TypeError(f'{part!r} is no class or function; a {registry.name} must be one')
     for n in [name] if isinstance(name, str) else name or [part.__name__]:
@@ -170,7 +171,7 @@ def add_part(
 # %% ../../nbs/01_core/00_registry.ipynb #568843d5
 def left_over(
     part, # class or function
-)->bool:
+)->bool:  # False too outside of notebooks
     "Is this from a notebook that has been closed?"
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     names = shell.user_ns if shell else vars(sys.modules['__main__'])
@@ -179,7 +180,7 @@ def left_over(
 def renewed(
     registry, # that holds the name; changed where its part is left over
     name:str, # of a part
-):            # class or function
+)->Callable:  # class or function
     "What is registered; in place of a left-over, the book's own."
     modules = find_in_index(name) if left_over(registry[name]) else []
     if modules: registry[name] = getattr(importlib.import_module(modules[0]), name)
@@ -190,7 +191,7 @@ def find_part(
     registry, # where to look first
     name,     # a type name; a class or function is given back as it is
     where='', # path in the config, for the message
-):            # class or function; `KeyError` if there is none, or more than one
+)->Callable:  # class or function; `KeyError` if there is none, or more than one
     "The class of a name, from this registry, from all, or from a module not imported yet."
     if callable(name): return name
     if not isinstance(name, str): raise TypeError(f'type={name!r} (at {where}) is neither a name nor a class')
@@ -226,7 +227,7 @@ def build_parts(
     cfg,         # anything
     where='',    # path in the config
     defaults={}, # settings that the outermost dict may override
-):               # objects in place of dicts that have a `type`
+)->object:       # objects in place of dicts that have a `type`
     "The recursive build, innermost first."
     if type(cfg) in (list, tuple): return type(cfg)(build_parts(registry, c, f'{where}[{i}]') for i,c in enumerate(cfg))
     if not isinstance(cfg, dict): return cfg

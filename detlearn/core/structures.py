@@ -21,7 +21,7 @@ def move(
     value,   # tensor, structure, or dict of them; anything else comes back as it is
     *args,   # as for `Tensor.to`: device, dtype, ...
     **kwargs,
-):           # the same, moved
+)->object:   # the same, moved
     "Move what is a tensor; whole numbers and masks change their device alone."
     if isinstance(value, dict): return {k: move(v, *args, **kwargs) for k,v in value.items()}
     if isinstance(value, Movable): return value.to(*args, **kwargs)
@@ -36,7 +36,7 @@ class Movable:
     def to(self,
         *args,   # as for `Tensor.to`: device, dtype, ...
         **kwargs,
-    ):           # a new object; this one is unchanged
+    )->'Movable': # a new object; this one is unchanged
         "The same with every tensor moved, as `Tensor.to` does."
         return type(self)(**{f.name: move(getattr(self, f.name), *args, **kwargs) for f in fields(self)})
 
@@ -71,7 +71,7 @@ class GroundTruth(Movable):
     @classmethod
     def pad(cls,
         images:list, # dicts: `boxes` `(G_i, 4)`, `labels`, and maybe `ignore` `masks` `size` `pad_size`
-    ):               # `GroundTruth` with leading axis `B`, `G` = the largest `G_i`
+    )->'GroundTruth': # `GroundTruth` with leading axis `B`, `G` = the largest `G_i`
         "Stack images with different numbers of objects."
         return cls(**pad_objects(images))
 

@@ -7,6 +7,7 @@ __all__ = ['STRIDES', 'flatten_levels', 'limit_priors', 'sample_priors', 'take',
            'box_targets', 'probabilities', 'decoder', 'DenseHead']
 
 # %% ../../nbs/09_dense_heads/00_dense_head.ipynb #1288a503
+from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 from ..core.registry import HEADS
@@ -119,7 +120,7 @@ def decoder(
     priors,      # `Priors`, boxes `(P, 4)`
     deltas,      # `(B, P, 4)`
     sizes=None,  # `(B, 2)` height, width: boxes are cut there; None: not
-):               # `f(index (B, N)) -> (B, N, 4)` boxes, pixels
+)->Callable:     # `f(index (B, N)) -> (B, N, 4)` boxes, pixels
     "The boxes of some priors, by their numbers."
     return lambda index: coder.decode(priors.boxes[index], take(deltas, index), max_shape=sizes)
 

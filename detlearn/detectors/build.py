@@ -100,7 +100,7 @@ def build_detector(
     model,           # config of a detector: a dict, or a `Config`
     train_cfg=None,  # see `hand_out`
     test_cfg=None,   # see `hand_out`
-):                   # the detector; weights from files are loaded by its `init_weights`
+)->object:           # the detector; weights from files are loaded by its `init_weights`
     "A detector from its config."
     plain = model.to_dict() if hasattr(model, 'to_dict') else model
     if 'type' not in plain:

@@ -8,6 +8,7 @@ __all__ = ['maps_in', 'evaluating', 'run_watched', 'feature_maps', 'map_named', 
            'draw_heat', 'draw_field', 'draw_level']
 
 # %% ../../nbs/12_detectors/02_levels.ipynb #1b284bfe
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
@@ -31,7 +32,7 @@ def maps_in(
 @contextmanager
 def evaluating(
     module:nn.Module, # any
-):
+)->Iterator:          # the same module, for a `with`
     "Evaluation mode for a while, each part back in its own mode afterwards."
     modes = {m: m.training for m in module.modules()}
     try: yield module.eval()

@@ -77,7 +77,7 @@ class SingleStageDetector(nn.Module):
         images,    # `(B, 3, H, W)`
         gt=None,   # `GroundTruth`: losses; None: detections
         sizes=None,# see `simple_test`
-    ):             # losses by name, or `Detections`
+    )->dict|Detections: # losses by name, or `Detections`
         "Losses if the objects are given, detections if not."
         return self.simple_test(images, sizes) if gt is None else self.forward_train(images, gt)
 

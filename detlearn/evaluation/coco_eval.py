@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'map_back', 'to_original', 'coco_results', 'image_number', '
 import contextlib, io, warnings
 import numpy as np
 import torch
+from torch import Tensor
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from ..core.structures import Detections
@@ -18,7 +19,7 @@ from ..core.structures import Detections
 def map_back(
     boxes,  # `(..., 4)` xyxy, pixels of the network input
     matrix, # `(3, 3)`, photo to network input
-):          # `(..., 4)` float32 xyxy, pixels of the photo
+)->Tensor:  # `(..., 4)` float32 xyxy, pixels of the photo
     "Boxes through the inverse of a matrix."
     back = torch.linalg.inv(torch.as_tensor(matrix, dtype=torch.float64))
     corners = boxes.double().unflatten(-1, (2, 2)) @ back[:2, :2].T + back[:2, 2]   # (..., 2, 2)
@@ -55,7 +56,7 @@ def coco_results(
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #f1a402e9
 def image_number(
     meta, # `img_metas` of an image, or its id
-):        # the id
+)->int:   # the id
     "The id of an image in the annotation file."
     if not isinstance(meta, dict): return meta
     if meta.get('image_id') is None:
@@ -135,7 +136,7 @@ def run_coco(
     cat_ids,       # category ids to evaluate
     iou_type,      # `'bbox'` or `'segm'`
     limits,        # numbers of boxes that count, rising
-):                 # `COCOeval`, accumulated
+)->COCOeval:       # `COCOeval`, accumulated
     "pycocotools without its files and its printing."
     with contextlib.redirect_stdout(io.StringIO()):
         truth,found = COCO(),COCO()

@@ -17,7 +17,7 @@ def overlaps_of(
     a,            # `(n, 4+)` xyxy array
     b,            # `(m, 4+)` xyxy array
     legacy=False, # the last pixel counts: sides are `x2 - x1 + 1`
-):                # `(n, m)` float32 array
+)->np.ndarray:    # `(n, m)` float32 array
     "IoU of two arrays."
     wide = np.array([0, 0, 1, 1], np.float32)*bool(legacy)
     pair = [torch.from_numpy(np.asarray(x, np.float32).reshape(-1, np.shape(x)[-1] if np.size(x) else 4)[:, :4] + wide) for x in (a, b)]
@@ -26,14 +26,14 @@ def overlaps_of(
 def areas_of(
     boxes,        # `(n, 4+)` xyxy array
     legacy=False, # see `overlaps_of`
-):                # `(n,)` array, pixels²
+)->np.ndarray:    # `(n,)` array, pixels²
     "Area of each box."
     return (boxes[:, 2]-boxes[:, 0]+legacy) * (boxes[:, 3]-boxes[:, 1]+legacy)
 
 def within(
     areas,        # `(n,)` array
     area_range,   # `(from, below)`, pixels²; None: all
-):                # `(n,)` bool array
+)->np.ndarray:    # `(n,)` bool array
     "Is the size asked for?"
     if area_range is None: return np.ones(len(areas), bool)
     return (areas >= area_range[0]) & (areas < area_range[1])
@@ -97,7 +97,7 @@ def average_precision(
     recalls,     # `(n,)` or `(S, n)` array, rising
     precisions,  # the same shape
     mode='area', # or `'11points'`
-):               # a float, or `(S,)` float32 array
+)->float|np.ndarray: # a float, or `(S,)` float32 array
     "Area under the staircase of precision."
     if mode not in ('area', '11points'): raise ValueError(f"there is no mode {mode!r}{nearest(mode, ['area', '11points'])}")
     if np.ndim(recalls) == 2: return np.array([average_precision(r, p, mode) for r,p in zip(recalls, precisions)], np.float32)
@@ -163,7 +163,7 @@ def eval_map(
 # %% ../../nbs/13_evaluation/03_voc_map.ipynb #773faa77
 def best_pairs_of(
     iou,     # `(G, n)` array
-):           # `(G,)` IoU of each object with the proposal of its own, in the order of the pairs
+)->np.ndarray: # `(G,)` IoU of each object with the proposal of its own, in the order of the pairs
     "Pair objects and proposals, the best pair first."
     iou,out = iou.copy(),np.zeros(len(iou))
     for j in range(len(iou) if iou.size else 0):
@@ -178,7 +178,7 @@ def eval_recalls(
     iou_thrs=.5,        # a number, or several
     use_legacy_coordinate=False, # the last pixel counts
     **kwargs,           # `logger`: accepted for zoo configs, not used
-):                      # `(len(proposal_nums), len(iou_thrs))` array
+)->np.ndarray:          # `(len(proposal_nums), len(iou_thrs))` array
     "The part of the objects that the best proposals find."
     nums,thrs = np.atleast_1d(proposal_nums),np.atleast_1d(iou_thrs)
     ranked = [p[np.argsort(-p[:, 4])] if p.ndim == 2 and p.shape[1] == 5 else p for p in proposals]

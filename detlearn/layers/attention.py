@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'FEEDFORWARD_NETWORK', 'with_old_names', 'with_position'
 
 # %% ../../nbs/03_layers/09_attention.ipynb #dde7957e
 import warnings
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import Registry, nearest
 from .conv_module import build_activation_layer, look_up
 from .drop import build_dropout
@@ -32,7 +32,7 @@ ATTENTION,FEEDFORWARD_NETWORK = Registry('attention'),Registry('feedforward netw
 def with_position(
     x,    # tokens
     pos,  # the same shape, or None
-):        # tokens
+)->Tensor: # tokens
     "Add positions, if there are any."
     return x if pos is None else x + pos
 
@@ -40,7 +40,7 @@ def position_of_keys(
     key,       # `(K, B, C)`
     query_pos, # `(Q, B, C)` or None
     key_pos,   # `(K, B, C)` or None
-):             # the positions to use for the keys, or None
+)->Tensor:     # the positions to use for the keys, or None
     "Keys without positions get those of the queries, if the shapes agree."
     if key_pos is not None or query_pos is None: return key_pos
     if query_pos.shape == key.shape: return query_pos
@@ -79,7 +79,7 @@ class MultiheadAttention(nn.Module):
         attn_mask=None,        # `(Q, K)` or `(B·heads, Q, K)`: True must not look, or numbers to be added
         key_padding_mask=None, # `(B, K)`, True: nobody there
         **kwargs,              # of other attentions, not used
-    ):                         # `(Q, B, C)`
+    )->Tensor:                 # `(Q, B, C)`
         "Ask, weigh, listen, add."
         key = query if key is None else key
         value,identity = key if value is None else value,query if identity is None else identity
@@ -116,7 +116,7 @@ class FFN(nn.Module):
     def forward(self,
         x,             # `(..., C)`
         identity=None, # `(..., C)` to which the result is added; None: `x`
-    ):                 # `(..., C)`
+    )->Tensor:         # `(..., C)`
         "Widen, cut below 0, narrow, add."
         out = self.dropout_layer(self.layers(x))
         return out if not self.add_identity else out + (x if identity is None else identity)

@@ -7,7 +7,7 @@ __all__ = ['SPP', 'SPPBottleneck', 'ASPP', 'RFB']
 
 # %% ../../nbs/03_layers/07_context.ipynb #b586f2ee
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import PLUGIN_LAYERS
 from .conv_module import ConvModule
@@ -24,7 +24,7 @@ class SPP(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # `(B, C·(1 + number of windows), H, W)`
+    )->Tensor: # `(B, C·(1 + number of windows), H, W)`
         "Itself, then from the smallest window to the largest."
         return torch.cat([x] + [pool(x) for pool in self.poolings], 1)
 
@@ -46,7 +46,7 @@ class SPPBottleneck(SPP):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H, W)`
+    )->Tensor: # `(B, C_out, H, W)`
         "Narrow, look, mix."
         return self.conv2(super().forward(self.conv1(x)))
 
@@ -68,7 +68,7 @@ class ASPP(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out·branches, H, W)`
+    )->Tensor: # `(B, C_out·branches, H, W)`
         "All branches in the channels."
         outs = [conv(x).relu() for conv in self.aspp[:-1]]
         mean = self.aspp[-1](x.mean((2, 3), keepdim=True)).relu()
@@ -98,6 +98,6 @@ class RFB(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H/stride, W/stride)`
+    )->Tensor: # `(B, C_out, H/stride, W/stride)`
         "Branches, mixed and added."
         return F.relu(self.mix(torch.cat([b(x) for b in self.branches], 1))*self.scale + self.around(x))

@@ -8,7 +8,7 @@ __all__ = ['CONV_LAYERS', 'NORM_LAYERS', 'ACTIVATION_LAYERS', 'HSigmoid', 'Clamp
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #14de37bb
 import importlib, warnings
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import Registry, find_in_index, nearest, renewed
 from .initialize import initialize
 
@@ -26,7 +26,7 @@ class HSigmoid(nn.Module):
 
     def forward(self,
         x, # any shape
-    ):     # same shape, between `min_value` and `max_value`
+    )->Tensor: # same shape, between `min_value` and `max_value`
         "The three lines."
         return ((x + self.bias)/self.divisor).clamp(self.min_value, self.max_value)
 
@@ -42,7 +42,7 @@ class Clamp(nn.Module):
 
     def forward(self,
         x, # any shape
-    ):     # same shape, between `min` and `max`
+    )->Tensor: # same shape, between `min` and `max`
         "Cut off."
         return x.clamp(self.min, self.max)
 
@@ -165,7 +165,7 @@ class ConvModule(nn.Module):
         if self.with_activation: self.activate = build_activation_layer(act_cfg, inplace)
 
     @property
-    def norm(self):
+    def norm(self)->nn.Module: # None without one
         "The norm, or None."
         return getattr(self, self.norm_name) if self.with_norm else None
 
@@ -173,7 +173,7 @@ class ConvModule(nn.Module):
         x,              # `(B, C_in, H, W)`
         activate=True,  # apply the activation, if there is one
         norm=True,      # apply the norm, if there is one
-    ):                  # `(B, C_out, H', W')`
+    )->Tensor:          # `(B, C_out, H', W')`
         "The three steps in their order."
         for step in self.order:
             if step == 'conv': x = self.conv(x)

@@ -8,7 +8,7 @@ __all__ = ['same_padding', 'Conv2dAdaptivePadding', 'standardise', 'ConvWS', 'Co
 
 # %% ../../nbs/03_layers/02_convolutions.ipynb #b4df55a5
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from .conv_module import CONV_LAYERS, ConvModule
 
@@ -40,7 +40,7 @@ class Conv2dAdaptivePadding(nn.Conv2d):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, ceil(H/stride), ceil(W/stride))`
+    )->Tensor: # `(B, C_out, ceil(H/stride), ceil(W/stride))`
         "Pad, then convolve."
         pads = [p for i in (3, 2) for p in same_padding(x.shape[i], self.kernel_size[i-2], self.stride[i-2], self.dilation[i-2])]
         return super().forward(F.pad(x, pads) if any(pads) else x)
@@ -50,7 +50,7 @@ def standardise(
     weight,   # `(C_out, C_in, k, k)`
     eps:float,# keeps a constant filter finite
     inside:bool=False, # `eps` is added to the variance, or (False) to the deviation
-):            # same shape; each filter has mean 0 and deviation 1
+)->Tensor:    # same shape; each filter has mean 0 and deviation 1
     "Weights with the mean and spread of each filter taken away."
     flat = weight.flatten(1)
     mean,var = flat.mean(1),flat.var(1)
@@ -77,7 +77,7 @@ class ConvWS(nn.Conv2d):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "Standardise, then convolve."
         return self._conv_forward(x, standardise(self.weight, self.eps), self.bias)
 
@@ -101,13 +101,13 @@ class ConvAWS(nn.Conv2d):
 
     def scaled(self,
         weight, # `(C_out, C_in, k, k)`
-    ):          # same shape
+    )->Tensor:  # same shape
         "Standardised, with the stored spread and mean."
         return self.weight_gamma*standardise(weight, 1e-5, inside=True) + self.weight_beta
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "Scale, then convolve."
         return self._conv_forward(x, self.scaled(self.weight), self.bias)
 
@@ -144,7 +144,7 @@ class DepthwiseSeparableConvModule(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "Space, then channels."
         return self.pointwise_conv(self.depthwise_conv(x))
 
@@ -154,13 +154,19 @@ def unit(
     power:float,  # of the length
     eps:float,    # added to it
     dim,          # axis or axes that make a vector
-):                # same shape; length 1 along `dim` for `power` 1
+)->Tensor:        # same shape; length 1 along `dim` for `power` 1
     "Divide by the length."
     return x/(torch.linalg.vector_norm(x, dim=dim, keepdim=True).pow(power) + eps)
 
 class NormedLinear(nn.Linear):
     "A linear layer whose scores are cosines."
-    def __init__(self, *args, tempearture:float=20, power:float=1., eps:float=1e-6, **kwargs):
+    def __init__(self,
+        *args,                # of `nn.Linear`
+        tempearture:float=20, # factor of the cosines (the zoo's spelling)
+        power:float=1.,       # of the lengths that are divided by
+        eps:float=1e-6,       # added to them
+        **kwargs,             # of `nn.Linear`
+    ):
         super().__init__(*args, **kwargs)
         self.tempearture,self.power,self.eps = tempearture,power,eps
         nn.init.normal_(self.weight, 0, .01)
@@ -168,7 +174,7 @@ class NormedLinear(nn.Linear):
 
     def forward(self,
         x, # `(..., C_in)`
-    ):     # `(..., C_out)`, within `±tempearture` (the zoo's spelling)
+    )->Tensor: # `(..., C_out)`, within `±tempearture` (the zoo's spelling)
         "The cosine with each class."
         return F.linear(unit(x, self.power, self.eps, -1)*self.tempearture, unit(self.weight, self.power, self.eps, 1), self.bias)
 
@@ -176,13 +182,20 @@ class NormedLinear(nn.Linear):
 @CONV_LAYERS.register_module()
 class NormedConv2d(nn.Conv2d):
     "A convolution whose scores are cosines."
-    def __init__(self, *args, tempearture:float=20, power:float=1., eps:float=1e-6, norm_over_kernel:bool=False, **kwargs):
+    def __init__(self,
+        *args,                       # of `nn.Conv2d`
+        tempearture:float=20,        # factor of the cosines (the zoo's spelling)
+        power:float=1.,              # of the lengths that are divided by
+        eps:float=1e-6,              # added to them
+        norm_over_kernel:bool=False, # one length for a whole filter, not one for each of its places
+        **kwargs,                    # of `nn.Conv2d`
+    ):
         super().__init__(*args, **kwargs)
         self.tempearture,self.power,self.eps,self.norm_over_kernel = tempearture,power,eps,norm_over_kernel
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "The cosine over channels (or over the whole filter), times the temperature."
         w = unit(self.weight, self.power, self.eps, (1, 2, 3) if self.norm_over_kernel else 1)
         return self._conv_forward(unit(x, self.power, self.eps, 1)*self.tempearture, w, self.bias)

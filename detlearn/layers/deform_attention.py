@@ -9,7 +9,7 @@ __all__ = ['pairs_of', 'sample_level', 'multi_scale_deformable_attn', 'star', 'l
 # %% ../../nbs/03_layers/12_deform_attention.ipynb #ecf48153
 import math
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from .attention import ATTENTION, with_position
 from .transformer import TRANSFORMER_LAYER_SEQUENCE, TransformerLayerSequence
@@ -25,7 +25,7 @@ def sample_level(
     value, # `(B, H·W, heads, D)` cells of one level
     size,  # `(H, W)`
     at,    # `(B, Q, heads, points, 2)` x, y from 0 to 1
-):         # `(B·heads, D, Q, points)`
+)->Tensor: # `(B·heads, D, Q, points)`
     "What lies at the points of one level."
     maps = value.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, size)
     return F.grid_sample(maps, 2*at.transpose(1, 2).flatten(0, 1) - 1, mode='bilinear', padding_mode='zeros', align_corners=False)
@@ -36,7 +36,7 @@ def multi_scale_deformable_attn(
     value_spatial_shapes, # see `pairs_of`
     sampling_locations,   # `(B, Q, heads, L, points, 2)` x, y from 0 to 1
     attention_weights,    # `(B, Q, heads, L, points)`
-):                        # `(B, Q, heads·D)`, dtype of `value`; inside at least float32
+)->Tensor:                # `(B, Q, heads·D)`, dtype of `value`; inside at least float32
     "The weighted sum of what lies at the points."
     sizes,(B,_,heads,D),dtype = pairs_of(value_spatial_shapes),value.shape,value.dtype
     if sum(h*w for h,w in sizes) != value.shape[1]: raise ValueError(f'{value.shape[1]} cells do not fit levels of {sizes}: they hold {sum(h*w for h,w in sizes)}')
@@ -53,7 +53,7 @@ def star(
     num_heads:int,  # directions
     num_levels:int, # levels, all alike
     num_points:int, # points: 1, 2, 3, ... cells out
-):                  # `(heads, levels, points, 2)` x, y in cells
+)->Tensor:          # `(heads, levels, points, 2)` x, y in cells
     "Offsets with which deformable attention starts."
     angle = torch.arange(num_heads)*(2*math.pi/num_heads)
     way = torch.stack([angle.cos(), angle.sin()], -1)
@@ -66,7 +66,7 @@ def locations(
     reference_points, # `(B, Q, L, 2)` x, y or `(B, Q, L, 4)` cx, cy, w, h; 0 to 1
     offsets,          # `(B, Q, heads, L, points, 2)`
     sizes,            # `[(H, W), ...]`
-):                    # `(B, Q, heads, L, points, 2)` x, y; 0 to 1
+)->Tensor:            # `(B, Q, heads, L, points, 2)` x, y; 0 to 1
     "Where the points lie."
     place = reference_points[:, :, None, :, None]                                    # (B, Q, 1, L, 1, 2 or 4)
     if place.shape[-1] == 4: return place[..., :2] + offsets/offsets.shape[-2]*place[..., 2:]*.5
@@ -125,7 +125,7 @@ class MultiScaleDeformableAttention(nn.Module):
         spatial_shapes=None,   # see `pairs_of`
         level_start_index=None,# accepted: the sizes tell
         **kwargs,              # of other attentions, not used
-    ):                         # `(Q, B, C)`
+    )->Tensor:                 # `(Q, B, C)`
         "Choose places, look there, add."
         if reference_points is None or spatial_shapes is None: raise ValueError('deformable attention needs reference_points and spatial_shapes')
         identity,value,sizes = query if identity is None else identity,query if value is None else value,pairs_of(spatial_shapes)
@@ -141,7 +141,7 @@ def cell_middles(
     sizes,             # `[(H, W), ...]`
     like,              # tensor whose device and dtype is taken
     valid_ratios=None, # `(B, L, 2)`, x, y: share of each level that is picture; None: all of it
-):                     # `(B, S, L, 2)` x, y of each cell's middle, as it lies on each level; `B` is 1 without ratios
+)->Tensor:             # `(B, S, L, 2)` x, y of each cell's middle, as it lies on each level; `B` is 1 without ratios
     "Reference points of the cells of all levels."
     ratios = like.new_ones(1, len(sizes), 2) if valid_ratios is None else valid_ratios
     axis = lambda n: (torch.arange(n, device=like.device, dtype=like.dtype) + .5)/n
@@ -151,7 +151,7 @@ def cell_middles(
 
 def valid_ratio(
     mask,  # `(B, H, W)` bool, True: no picture there; the picture stands top left
-):         # `(B, 2)` x, y
+)->Tensor: # `(B, 2)` x, y
     "Share of a map that is picture."
     there = ~mask
     return torch.stack([there[:, 0].float().mean(-1), there[:, :, 0].float().mean(-1)], -1)
@@ -160,7 +160,7 @@ def valid_ratio(
 def inverse_sigmoid(
     x,             # `(...)`, cut to 0 to 1
     eps:float=1e-5,# nearest to 0 and 1 that is told apart
-):                 # `(...)`
+)->Tensor:         # `(...)`
     "The score whose sigmoid is `x`."
     x = x.clamp(0, 1)
     return (x.clamp(min=eps)/(1 - x).clamp(min=eps)).log()
@@ -168,7 +168,7 @@ def inverse_sigmoid(
 def moved(
     reference_points, # `(B, Q, 2)` or `(B, Q, 4)`, 0 to 1
     move,             # `(B, Q, 4)`, scores; without a box yet, w and h stand for themselves
-):                    # `(B, Q, 4)`, 0 to 1, without gradient
+)->Tensor:            # `(B, Q, 4)`, 0 to 1, without gradient
     "References after a step."
     start = F.pad(inverse_sigmoid(reference_points), (0, move.shape[-1] - reference_points.shape[-1]))
     return (move + start).sigmoid().detach()

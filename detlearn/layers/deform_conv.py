@@ -71,7 +71,7 @@ class DCN(DeformConv):
     "Offsets from the map itself (Dai et al., 2017)."
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "Read offsets, sample, sum."
         return deform_conv2d(x, self.conv_offset(x), self.weight, self.stride, self.padding, self.dilation)
 
@@ -82,7 +82,7 @@ class DCNv2(DeformConv):
     per_sample,with_bias = 3,True
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "Read offsets and factors, sample, sum."
         a,b,mask = self.conv_offset(x).chunk(3, 1)
         return modulated_deform_conv2d(x, torch.cat([a, b], 1), mask.sigmoid(), self.weight, self.bias, self.stride, self.padding, self.dilation)

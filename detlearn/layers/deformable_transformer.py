@@ -8,7 +8,7 @@ __all__ = ['cell_proposals', 'box_waves', 'take', 'first_queries', 'DeformableDe
 # %% ../../nbs/03_layers/15_deformable_transformer.ipynb #91b84474
 import math
 import torch
-from torch import nn
+from torch import nn, Tensor
 from .positional_encoding import waves_of
 from .transformer import TRANSFORMER, Transformer, as_tokens, start_matrices
 from .deform_attention import MultiScaleDeformableAttention, cell_middles, valid_ratio
@@ -31,14 +31,14 @@ def cell_proposals(
 def box_waves(
     scores,        # `(..., 4)` boxes before the sigmoid
     num_feats:int, # numbers for each of the four, even
-):                 # `(..., 4·num_feats)`
+)->Tensor:         # `(..., 4·num_feats)`
     "Boxes as sines and cosines."
     return waves_of(scores.sigmoid()*2*math.pi, num_feats).flatten(-2)
 
 def take(
     x,  # `(B, S, n)`
     at, # `(B, K)` int64
-):      # `(B, K, n)`
+)->Tensor: # `(B, K, n)`
     "Rows of each image."
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 

@@ -8,7 +8,7 @@ __all__ = ['DROPOUT_LAYERS', 'drop_path', 'drop_rates', 'DropPath', 'Dropout', '
 
 # %% ../../nbs/03_layers/04_drop.ipynb #5c136528
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import PLUGIN_LAYERS, Registry
 from .conv_module import look_up
@@ -18,7 +18,7 @@ def drop_path(
     x,                # `(B, ...)`
     drop_prob:float,  # chance of an image to lose this branch
     training:bool,    # False: nothing happens
-):                    # same shape
+)->Tensor:            # same shape
     "Set whole rows of a batch to zero and scale the others."
     if drop_prob == 0. or not training: return x
     keep = 1 - drop_prob
@@ -46,7 +46,7 @@ class DropPath(nn.Module):
 
     def forward(self,
         x, # `(B, ...)`, what a branch gives before it is added
-    ):     # same shape
+    )->Tensor: # same shape
         "Zero for some images, in training."
         return drop_path(x, self.drop_prob, self.training)
 
@@ -82,7 +82,7 @@ def block_mask(
     x,               # `(B, C, H, W)`; each map gets its own holes
     gamma:float,     # chance of a square to start
     block_size:int,  # its side, odd
-):                   # `(B, C, H, W)`: 0 in squares, 1 elsewhere
+)->Tensor:           # `(B, C, H, W)`: 0 in squares, 1 elsewhere
     "Random squares of zeros."
     b,h,w = block_size,*x.shape[-2:]
     start = torch.bernoulli(x.new_full((*x.shape[:2], h-b+1, w-b+1), gamma))
@@ -113,7 +113,7 @@ class DropBlock(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Zero in squares, in training, the rest scaled so that the mean stays."
         if not self.training: return x
         self.iter_cnt += 1

@@ -6,7 +6,7 @@
 __all__ = ['matrices_of', 'read_through', 'DynamicConv']
 
 # %% ../../nbs/03_layers/16_dynamic_conv.ipynb #5e16f126
-from torch import nn
+from torch import nn, Tensor
 from .conv_module import build_activation_layer, build_norm_layer
 from .transformer import TRANSFORMER
 
@@ -26,7 +26,7 @@ def read_through(
     matrices,   # one after the other `(N, C, mid)`, `(N, mid, out)`
     norms,      # a norm over channels behind each
     activation, # behind each norm
-):              # `(N, h·w, out)`
+)->Tensor:      # `(N, h·w, out)`
     "Each cell of a region times its query's matrices."
     x = region.flatten(2).mT
     for matrix,norm in zip(matrices, norms): x = activation(norm(x @ matrix))
@@ -56,7 +56,7 @@ class DynamicConv(nn.Module):
     def forward(self,
         param_feature, # `(N, C)`, what each query is after
         input_feature, # `(N, C, h, w)`, its region
-    ):                 # `(N, out_channels)`; without `with_proj` `(N, h·w, out_channels)`
+    )->Tensor:         # `(N, out_channels)`; without `with_proj` `(N, h·w, out_channels)`
         "Read, read again, sum up."
         size,side = tuple(input_feature.shape[-2:]),self.input_feat_shape
         if self.with_proj and size != (side, side): raise ValueError(f'DynamicConv: regions of {size} cells; with_proj is made for input_feat_shape={side}')

@@ -9,7 +9,7 @@ __all__ = ['plugin_name', 'build_plugin_layer', 'pair_weights', 'NonLocal2d', 'b
 # %% ../../nbs/03_layers/06_global_context.ipynb #8effb442
 import re
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import PLUGIN_LAYERS
 from .conv_module import ConvModule, look_up
@@ -40,7 +40,7 @@ def pair_weights(
     mode:str,  # `'gaussian'`, `'embedded_gaussian'`, `'dot_product'` or `'concatenation'`
     scale:bool=True, # divide by the square root of `C` (embedded Gaussian alone)
     project=None,    # for `'concatenation'`: layer `(B, 2C, N, M)` to `(B, 1, N, M)`
-):             # `(B, N, M)`
+)->Tensor:     # `(B, N, M)`
     "How much each place listens to each other."
     if mode == 'concatenation':
         n,m = theta.shape[1],phi.shape[1]
@@ -83,7 +83,7 @@ class NonLocal2d(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Ask, weigh, listen, add."
         rows = lambda t: t.flatten(2).mT                                     # (B, N, C)
         own = lambda name: rows(getattr(self, name)(x) if hasattr(self, name) else x)
@@ -123,7 +123,7 @@ class ContextBlock(nn.Module):
 
     def context(self,
         x, # `(B, C, H, W)`
-    ):     # `(B, C, 1, 1)`
+    )->Tensor: # `(B, C, 1, 1)`
         "The (weighted) mean of the map."
         if not hasattr(self, 'conv_mask'): return x.mean((2, 3), keepdim=True)
         votes = self.conv_mask(x).flatten(2).softmax(-1)                     # (B, 1, N)
@@ -131,7 +131,7 @@ class ContextBlock(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Multiply, add."
         said = self.context(x)
         if self.channel_mul_conv is not None: x = x*self.channel_mul_conv(said).sigmoid()
@@ -145,7 +145,7 @@ def distance_waves(
     like,            # tensor whose device and dtype is taken
     channels:int,    # of the result, twice
     magnitude:float=1, # factor of the distances
-):                   # `(n, m, channels/2)` sines, then cosines
+)->Tensor:           # `(n, m, channels/2)` sines, then cosines
     "The distance of each pair on one axis, as waves of lengths up to 1000."
     at = lambda k,step: torch.arange(k, device=like.device, dtype=like.dtype)*step
     d = (at(n, steps[0])[:, None] - at(m, steps[1]))*magnitude
@@ -170,7 +170,7 @@ def distance_terms(
     who,       # `(B, heads, d, h, w)` what asks
     net,       # a `GeneralizedAttention`
     asked,     # `(B, C, H, W)` whose places are asked
-):             # `(B, heads, h, w, H, W)`
+)->Tensor:     # `(B, heads, h, w, H, W)`
     "What distance adds to the weight: a part for y and a part for x."
     def part(fc, axis):
         waves = distance_waves(who.shape[axis+1], asked.shape[axis], net.strides, asked, net.waves, net.magnitude)
@@ -183,7 +183,7 @@ def attention_energy(
     net,       # a `GeneralizedAttention`
     asking,    # `(B, C, h, w)`
     asked,     # `(B, C, H, W)`
-):             # `(B, heads, h, w, H, W)`
+)->Tensor:     # `(B, heads, h, w, H, W)`
     "The four terms, those that are wanted."
     heads = lambda m: m.unflatten(1, (net.heads, -1))                       # (B, heads, d, h, w)
     query = heads(net.query_conv(asking)) if hasattr(net, 'query_conv') else 0
@@ -230,7 +230,7 @@ class GeneralizedAttention(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Weights over all places, the mean of what they say, times `gamma`, added."
         asking,asked = [x[..., ::s, ::s] for s in self.strides]
         energy = attention_energy(self, asking, asked)

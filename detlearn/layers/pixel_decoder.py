@@ -8,7 +8,7 @@ __all__ = ['C2', 'DEFORMABLE', 'side_convs', 'descend', 'PixelDecoder', 'padding
 
 # %% ../../nbs/03_layers/13_pixel_decoder.ipynb #b023cb12
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import PLUGIN_LAYERS
 from .initialize import initialize
@@ -94,7 +94,7 @@ class PixelDecoder(nn.Module):
 def padding_of(
     sizes, # `(B, 2)` height and width of each picture, pixels
     size,  # `(H, W)` of the batch
-):         # `(B, H, W)` bool, True where there is no picture
+)->Tensor: # `(B, H, W)` bool, True where there is no picture
     "Padding, from sizes."
     y,x = (torch.arange(n, device=sizes.device) for n in size)
     return (y[:, None] >= sizes[:, 0, None, None]) | (x >= sizes[:, 1, None, None])
@@ -102,7 +102,7 @@ def padding_of(
 def mask_at(
     padding_mask, # `(B, H, W)` or None
     x,            # `(B, C, h, w)`
-):                # `(B, h, w)` bool
+)->Tensor:        # `(B, h, w)` bool
     "The padding at the size of a map."
     if padding_mask is None: return torch.zeros_like(x[:, 0], dtype=torch.bool)
     return F.interpolate(padding_mask[:, None].to(torch.float32), size=x.shape[-2:], mode='nearest')[:, 0].to(torch.bool)

@@ -8,7 +8,7 @@ __all__ = ['POSITIONAL_ENCODING', 'count_places', 'waves_of', 'SinePositionalEnc
 # %% ../../nbs/03_layers/10_positional_encoding.ipynb #d6c7b22c
 import math
 import torch
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import Registry
 from .initialize import initialize
 
@@ -31,7 +31,7 @@ def waves_of(
     at,                    # `(...)` places
     num_feats:int,         # numbers for each place, even
     temperature:float=10_000, # how much slower the last hand is than the first (nearly)
-):                         # `(..., num_feats)`: sine and cosine of the fastest hand, of the next, ...
+)->Tensor:                 # `(..., num_feats)`: sine and cosine of the fastest hand, of the next, ...
     "Places as sines and cosines."
     hand = torch.arange(0, num_feats, 2, device=at.device, dtype=at.dtype)
     turned = at[..., None]/temperature**(hand/num_feats)
@@ -60,7 +60,7 @@ class SinePositionalEncoding(nn.Module):
 
     def forward(self,
         mask, # `(B, H, W)`: nonzero where there is no picture
-    ):        # `(B, 2·num_feats, H, W)` float32: y, then x
+    )->Tensor: # `(B, 2·num_feats, H, W)` float32: y, then x
         "The waves of both axes."
         y,x = (waves_of(at, self.num_feats, self.temperature) for at in count_places(mask, **self.places))
         return torch.cat([y, x], -1).permute(0, 3, 1, 2)
@@ -81,7 +81,7 @@ class LearnedPositionalEncoding(nn.Module):
 
     def forward(self,
         mask, # `(B, H, W)`; only its shape is used
-    ):        # `(B, 2·num_feats, H, W)`: x, then y
+    )->Tensor: # `(B, 2·num_feats, H, W)`: x, then y
         "The vectors of column and row of each cell."
         (B,h,w),rows,cols = mask.shape,self.row_embed.weight,self.col_embed.weight
         if h > len(rows) or w > len(cols):

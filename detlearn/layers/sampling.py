@@ -7,7 +7,7 @@ __all__ = ['CORNER_POOLS', 'point_sample', 'rel_roi_point_to_rel_img_point', 'co
 
 # %% ../../nbs/03_layers/14_sampling.ipynb #340fc431
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 
 # %% ../../nbs/03_layers/14_sampling.ipynb #8ed20c88
@@ -16,7 +16,7 @@ def point_sample(
     points,              # `(B, P, 2)` or `(B, h, w, 2)`, x, y, 0 to 1 over the map
     align_corners:bool=False, # True: 0 and 1 are the middles of the first and last cell, not their edges
     **kwargs,            # of `grid_sample`: `mode`, `padding_mode`
-):                       # `(B, C, P)` or `(B, C, h, w)`, dtype of `input`
+)->Tensor:               # `(B, C, P)` or `(B, C, h, w)`, dtype of `input`
     "Values between cells; beyond the edge they fade to zero."
     row = points.dim() == 3
     wide = torch.promote_types(torch.promote_types(input.dtype, points.dtype), torch.float32)
@@ -31,7 +31,7 @@ def rel_roi_point_to_rel_img_point(
     rel_roi_points,   # `(N, P, 2)` x, y, 0 to 1 over the box
     img,              # `(H, W)` of the map, or the map `(B, C, H, W)`
     spatial_scale:float=1., # pixels of the map for a pixel of the boxes
-):                    # `(N, P, 2)` x, y, 0 to 1 over the map
+)->Tensor:            # `(N, P, 2)` x, y, 0 to 1 over the map
     "Places in a box as places in the map."
     boxes,(h,w) = rois[:, -4:],img.shape[-2:] if isinstance(img, torch.Tensor) else img[-2:]
     corner,side = boxes[:, None, :2],boxes[:, None, 2:] - boxes[:, None, :2]
@@ -44,7 +44,7 @@ CORNER_POOLS = dict(bottom=(2, False), left=(3, True), right=(3, False), top=(2,
 def corner_pool(
     x,    # `(B, C, H, W)`
     mode, # `'top'`: the largest at or below a cell; `'bottom'`: at or above; `'left'`: at or right; `'right'`: at or left
-):        # same shape
+)->Tensor: # same shape
     "A running maximum to one side."
     if mode not in CORNER_POOLS: raise ValueError(f'corner_pool: mode={mode!r}; choose from {list(CORNER_POOLS)}')
     axis,from_end = CORNER_POOLS[mode]
@@ -61,6 +61,6 @@ class CornerPool(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "A running maximum."
         return corner_pool(x, self.mode)

@@ -7,7 +7,7 @@ __all__ = ['two_acts', 'SELayer', 'CBAM', 'DyReLU']
 
 # %% ../../nbs/03_layers/03_squeeze.ipynb #327b2297
 import torch
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import PLUGIN_LAYERS
 from .conv_module import ConvModule
 
@@ -39,13 +39,13 @@ class SELayer(nn.Module):
 
     def weights(self,
         x, # `(B, C, H, W)`
-    ):     # `(B, C, 1, 1)`
+    )->Tensor: # `(B, C, 1, 1)`
         "The weight of each channel."
         return self.conv2(self.conv1(x.mean((2, 3), keepdim=True)))
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Weigh the channels."
         return x*self.weights(x)
 
@@ -65,7 +65,7 @@ class CBAM(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Channels, then places."
         shared = lambda squeezed: self.conv2(self.conv1(squeezed))
         x = x*(shared(x.mean((2, 3), keepdim=True)) + shared(x.amax((2, 3), keepdim=True))).sigmoid()
@@ -90,7 +90,7 @@ class DyReLU(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "Slopes and shifts from the mean, then the larger line."
         a1,b1,a2,b2 = (self.conv2(self.conv1(x.mean((2, 3), keepdim=True))) - .5).chunk(4, 1)
         return torch.maximum(x*(2*a1 + 1) + b1, x*2*a2 + b2)

@@ -11,7 +11,7 @@ __all__ = ['TRANSFORMER_LAYER', 'TRANSFORMER_LAYER_SEQUENCE', 'TRANSFORMER', 'ST
 # %% ../../nbs/03_layers/11_transformer.ipynb #52819268
 import warnings
 import torch
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import Registry
 from .conv_module import build_norm_layer, look_up
 from .attention import build_attention, build_feedforward_network, with_old_names
@@ -72,8 +72,8 @@ class BaseTransformerLayer(nn.Module):
     "Attentions, networks and norms in any order."
     def __init__(self,
         attn_cfgs=None,         # recipe, or one for each attention
-        ffn_cfgs=dict(type='FFN', embed_dims=256, feedforward_channels=1024, num_fcs=2, ffn_drop=0.,
-                      act_cfg=dict(type='ReLU', inplace=True)), # recipe, or one for each network
+        ffn_cfgs=dict(type='FFN', embed_dims=256, feedforward_channels=1024, num_fcs=2, ffn_drop=0., # recipe, or one for each
+                      act_cfg=dict(type='ReLU', inplace=True)),
         operation_order=None,   # tuple of `STEPS`
         norm_cfg=dict(type='LN'), # recipe of the norms
         init_cfg=None,          # accepted: the parts start as they do
@@ -98,7 +98,7 @@ class BaseTransformerLayer(nn.Module):
         query_key_padding_mask=None, # `(B, Q)`, True: no such query; for self-attention
         key_padding_mask=None,       # `(B, K)`, True: no such key; for cross-attention
         **kwargs,       # handed to every attention
-    ):                  # `(Q, B, C)`
+    )->Tensor:          # `(Q, B, C)`
         "The steps in their order."
         attns,ffns,norms = zip(self.attentions, masks_for(attn_masks, len(self.attentions))),iter(self.ffns),iter(self.norms)
         identity = query
@@ -138,7 +138,7 @@ class TransformerLayerSequence(nn.Module):
         key=None, # `(K, B, C)`
         value=None, # `(K, B, C)`
         **kwargs, # see `BaseTransformerLayer`
-    ):            # `(Q, B, C)`
+    )->Tensor:    # `(Q, B, C)`
         "One after the other."
         for layer in self.layers: query = layer(query, key, value, **kwargs)
         return query
@@ -159,7 +159,7 @@ class DetrTransformerEncoder(TransformerLayerSequence):
     def forward(self,
         *args,    # see `TransformerLayerSequence`
         **kwargs, # see `BaseTransformerLayer`
-    ):            # `(Q, B, C)`
+    )->Tensor:    # `(Q, B, C)`
         "The layers, then the norm."
         x = super().forward(*args, **kwargs)
         return x if self.post_norm is None else self.post_norm(x)
@@ -201,7 +201,7 @@ class DetrTransformerDecoder(TransformerLayerSequence):
         query,    # `(Q, B, C)`
         *args,    # `key`, `value`
         **kwargs, # see `BaseTransformerLayer`
-    ):            # `(layers, Q, B, C)`, one layer without `return_intermediate`; without a norm too, `(Q, B, C)`
+    )->Tensor:    # `(layers, Q, B, C)`, one layer without `return_intermediate`; without a norm too, `(Q, B, C)`
         "The queries after the layers, normalised; the next layer gets them as they are."
         found = []
         for layer in self.layers:
@@ -213,14 +213,14 @@ class DetrTransformerDecoder(TransformerLayerSequence):
 # %% ../../nbs/03_layers/11_transformer.ipynb #dd121488
 def as_tokens(
     x,  # `(B, C, H, W)`
-):      # `(H·W, B, C)`, row by row
+)->Tensor: # `(H·W, B, C)`, row by row
     "The cells of a map as tokens."
     return x.flatten(2).permute(2, 0, 1)
 
 def as_map(
     tokens, # `(H·W, B, C)`
     size,   # `(H, W)`
-):          # `(B, C, H, W)`
+)->Tensor:  # `(B, C, H, W)`
     "Tokens as a map again."
     return tokens.permute(1, 2, 0).unflatten(-1, tuple(size))
 

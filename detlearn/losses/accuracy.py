@@ -17,7 +17,7 @@ def accuracy(
     topk=1,        # int, or tuple of ints
     thresh=None,   # a score must be *above* it to count
     weight=None,   # `(...)`; 0 leaves a row out (fixed-size samples have empty rows)
-):                 # percent `(1,)`, a list for a tuple of `topk`; 0-d zeros without rows
+)->Tensor|list:    # percent `(1,)`, a list for a tuple of `topk`; 0-d zeros without rows
     "How often the right class is among the `k` highest scores."
     ks = (topk,) if isinstance(topk, int) else tuple(topk)
     if target.shape != pred.shape[:-1]:
@@ -59,6 +59,6 @@ class Accuracy(nn.Module):
         pred,        # `(..., C)` scores
         target,      # `(...)` int64
         weight=None, # `(...)`; 0 leaves a row out
-    ):               # as `accuracy`; a list for the default `topk`
+    )->Tensor|list:  # as `accuracy`; a list for the default `topk`
         "How often the right class is among the `k` highest scores."
         return accuracy(pred, target, self.topk, self.thresh, weight)

@@ -64,7 +64,7 @@ def as_yes_no(
 def match_weight(
     weight,      # `(...)`, `(..., C)`, as many elements as `pred`, or None
     pred:Tensor, # `(..., C)`
-):               # broadcastable to `pred`, or None
+)->Tensor:       # broadcastable to `pred`, or None
     "One weight for a prior serves all its classes."
     if weight is None or weight.shape == pred.shape: return weight
     if weight.shape == pred.shape[:-1]: return weight[..., None]

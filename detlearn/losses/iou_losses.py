@@ -9,6 +9,7 @@ __all__ = ['IOU_MODES', 'shared_and_covered', 'sides_around', 'paired_iou', 'pai
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #5e323cd6
 import functools, math, warnings
+from collections.abc import Callable
 import torch
 from torch import Tensor
 from ..core.registry import LOSSES
@@ -85,7 +86,7 @@ def shape_difference(
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #93f923b3
 def weight_of_box(
     loss, # `f(pred, target, weight=None, ...)` with one number a box
-):        # the same, for weights `(...)` or `(..., 4)`
+)->Callable: # the same, for weights `(...)` or `(..., 4)`
     "Let a box have four weights; their mean counts."
     @functools.wraps(loss)
     def wrapper(pred, target, weight=None, *args, **kwargs):

@@ -9,6 +9,7 @@ __all__ = ['REDUCTIONS', 'EPS', 'watchers', 'weigh', 'only_used', 'at_least_floa
 
 # %% ../../nbs/07_losses/00_reduce.ipynb #96e0d421
 import functools, inspect
+from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
@@ -47,7 +48,7 @@ def off_the_ends(
 
 def of_probabilities(
     loss_func, # `f(pred, target, ...)` of probabilities
-):             # the same, safe for half precision
+)->Callable:   # the same, safe for half precision
     "Keep the first argument of a loss off 0 and 1 where it comes in half precision."
     @functools.wraps(loss_func)
     def wrapper(pred, *args, **kwargs): return loss_func(off_the_ends(pred), *args, **kwargs)
@@ -96,7 +97,7 @@ def weight_reduce_loss(
 def spread(
     weight,   # `(...)`, or None
     x:Tensor, # `(...)`, or with further axes at its end
-):            # broadcastable to `x`, or None
+)->Tensor:    # broadcastable to `x`, or None
     "One weight serves all numbers of its element."
     if weight is None or weight.dim() >= x.dim(): return weight
     return weight.reshape(weight.shape + (1,)*(x.dim()-weight.dim()))
@@ -105,7 +106,7 @@ def spread(
 def gated(
     x,           # tensor, or a tuple of tensors; None stays None
     weight=None, # `(...)`; where it is 0, `x` may hold anything
-):               # the same, 0 where the weight is 0; floats in the precision of the losses
+)->object:       # the same, 0 where the weight is 0; floats in the precision of the losses
     "What a loss may look at."
     if isinstance(x, (tuple, list)): return tuple(gated(t, weight) for t in x)
     if not isinstance(x, Tensor): return x
@@ -115,7 +116,7 @@ def gated(
 # %% ../../nbs/07_losses/00_reduce.ipynb #cc5fe9bb
 def weighted_loss(
     loss_func, # `f(pred, target, **settings)`, one number an element
-):             # `f(pred, target, weight=None, reduction='mean', avg_factor=None, **settings)`
+)->Callable:   # `f(pred, target, weight=None, reduction='mean', avg_factor=None, **settings)`
     "Add gate, weight and reduction to the formula of an element."
     @functools.wraps(loss_func)
     def wrapper(pred, target, weight=None, reduction='mean', avg_factor=None, **settings):

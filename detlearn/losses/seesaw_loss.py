@@ -103,7 +103,7 @@ class SeesawLoss(nn.Module):
         label_weights=None,      # `(...)`
         avg_factor=None,         # of both losses; None: classes by their examples, objectness by all
         reduction_override=None, # instead of the part's own
-    ):                           # dict of two losses, or their sum
+    )->dict|Tensor:              # dict of two losses, or their sum
         "Counts the labels, then gives the losses times `loss_weight`."
         reduction = choose_reduction(self.reduction, reduction_override)
         shape,labels = labels.shape,labels.flatten()

@@ -15,7 +15,7 @@ from .reduce import weight_reduce_loss, only_used, at_least_float32, choose_redu
 def box_weight(
     weight,      # `(..., 4)`, `(...)` one a box, or None
     loss:Tensor, # `(..., 4)`
-):               # broadcastable to `loss`, or None
+)->Tensor:       # broadcastable to `loss`, or None
     "One weight for a box serves its four numbers."
     return weight[..., None] if weight is not None and weight.dim() == loss.dim()-1 else weight
 

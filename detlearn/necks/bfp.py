@@ -7,7 +7,7 @@ __all__ = ['meet', 'BFP']
 
 # %% ../../nbs/05_necks/04_bfp.ipynb #cf03cd55
 import torch.nn.functional as F
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.global_context import NonLocal2d
@@ -18,7 +18,7 @@ def meet(
     x,        # `(B, C, H, W)`
     size,     # height and width of the result
     larger:bool, # the result is the finer (or equal) one: repeat; else maxima
-):            # `(B, C, *size)`
+)->Tensor:    # `(B, C, *size)`
     "Bring a map to another level."
     return F.interpolate(x, size=size, mode='nearest') if larger else F.adaptive_max_pool2d(x, size)
 

@@ -7,7 +7,7 @@ __all__ = ['tent', 'start_tent', 'CTResNetNeck']
 
 # %% ../../nbs/05_necks/08_ct_resnet_neck.ipynb #0007e1e6
 import torch
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.deform_conv import DCNv2  # noqa: F401, registers the recipe's type
@@ -16,7 +16,7 @@ from ..layers.initialize import initialize
 # %% ../../nbs/05_necks/08_ct_resnet_neck.ipynb #16ad3eb4
 def tent(
     size:int, # side of the kernel
-):            # `(size, size)`
+)->Tensor:    # `(size, size)`
     "The kernel of bilinear enlargement by 2."
     f = (size + 1)//2
     line = 1 - (torch.arange(size)/f - (2*f - 1 - f % 2)/(2*f)).abs()

@@ -6,7 +6,7 @@
 __all__ = ['DilatedBottleneck', 'DilatedEncoder']
 
 # %% ../../nbs/05_necks/07_dilated_encoder.ipynb #fef066ef
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
@@ -27,7 +27,7 @@ class DilatedBottleneck(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape
+    )->Tensor: # same shape
         "The block and the way around; the last ReLU comes before the sum."
         return x + self.conv3(self.conv2(self.conv1(x)))
 

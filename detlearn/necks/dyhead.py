@@ -7,7 +7,7 @@ __all__ = ['as_if', 'DyDCNv2', 'DyHeadBlock', 'DyHead']
 
 # %% ../../nbs/05_necks/16_dyhead.ipynb #30e4dd35
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import build_activation_layer, build_norm_layer
@@ -19,7 +19,7 @@ from ..layers.squeeze import DyReLU
 def as_if(
     x,     # `(B, K, H, W)`
     size,  # height and width, no more cells than `H·W`
-):         # `(B, K, *size)`
+)->Tensor: # `(B, K, *size)`
     "The first numbers of each image in another shape."
     B,K = x.shape[:2]
     return x.flatten(1)[:, :K*size[0]*size[1]].reshape(B, K, *size)
@@ -42,7 +42,7 @@ class DyDCNv2(nn.Module):
         x,       # `(B, C, H, W)`
         offset,  # `(B, 18, ., .)`, pixels
         mask,    # `(B, 9, ., .)`, factors
-    ):           # `(B, C', H/stride, W/stride)`
+    )->Tensor:   # `(B, C', H/stride, W/stride)`
         "Sample, sum, norm."
         size = [-(-n//self.stride) for n in x.shape[2:]]
         if offset.shape[2:] != tuple(size): offset,mask = as_if(offset, size),as_if(mask, size)
@@ -69,7 +69,7 @@ class DyHeadBlock(nn.Module):
     def level(self,
         maps,   # all levels
         i:int,  # which one
-    ):          # `(B, C', H_i, W_i)`
+    )->Tensor:  # `(B, C', H_i, W_i)`
         "One level of the output."
         x,weighed = maps[i],lambda t: t*self.scale_attn_module(t)
         offset,mask = self.spatial_conv_offset(x).split([18, 9], 1)

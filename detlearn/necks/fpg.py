@@ -6,7 +6,7 @@
 __all__ = ['TRANSITIONS', 'EnlargedConv', 'LastConv', 'build_transition', 'added', 'crossing', 'arrive', 'FPG']
 
 # %% ../../nbs/05_necks/14_fpg.ipynb #15f31797
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import NECKS, nearest
 from ..layers.conv_module import ConvModule
@@ -29,7 +29,7 @@ class EnlargedConv(nn.Module):
     def forward(self,
         x,         # `(B, C, h, w)`
         size=None, # height and width to enlarge to
-    ):             # `(B, C', H, W)`
+    )->Tensor:     # `(B, C', H, W)`
         "Enlarge, convolve."
         how = dict(scale_factor=self.scale_factor) if size is None else dict(size=size)
         return self.conv(F.interpolate(x, **how, **self.resize))
@@ -48,7 +48,7 @@ class LastConv(nn.Module):
 
     def forward(self,
         maps, # all maps of a level, one for each way and the input
-    ):        # `(B, C', H, W)`
+    )->Tensor: # `(B, C', H, W)`
         "Convolve the last."
         return self.conv_out(maps[-1])
 
@@ -59,7 +59,7 @@ def build_transition(
     recipe,        # `dict(type=, ...)` or None
     in_channels:int, out_channels:int, # of the connection
     **more,        # known only to the caller
-):                 # the layer, or None
+)->nn.Module:      # the layer, or None
     "A connection from its recipe."
     if recipe is None: return None
     kw = dict(recipe)
@@ -71,7 +71,7 @@ def build_transition(
 def added(
     parts, # `{name: map or None}`
     where, # text for messages
-):         # their sum
+)->Tensor: # their sum
     "The sum of what arrives."
     there = {n: p for n,p in parts.items() if p is not None}
     if len({p.shape for p in there.values()}) != 1:
@@ -98,7 +98,7 @@ def arrive(
     direction,   # of this way, `'bu'` or `'td'`
     first,       # maps of the input
     step='',     # for messages
-):               # `(B, C, H, W)`
+)->Tensor:       # `(B, C, H, W)`
     "The new map of a level: the sum of what its connections bring."
     sides = dict(across_lateral=before[level], across_up=before[level-1], across_down=before[min(level+1, len(before)-1)], across_skip=first[level])
     sides['same_up' if direction == 'bu' else 'same_down'] = new
@@ -117,14 +117,20 @@ class FPG(nn.Module):
         stack_times:int,     # number of ways
         paths:list,          # direction of each: `'bu'`, from fine to coarse, or `'td'`
         inter_channels=None, # channels inside: a number, one for each level, or None for `out_channels`
-        same_down_trans=None, same_up_trans=dict(type='conv', kernel_size=3, stride=2, padding=1), # recipes, see above
-        across_lateral_trans=dict(type='conv', kernel_size=1), across_down_trans=dict(type='conv', kernel_size=3),
-        across_up_trans=None, across_skip_trans=dict(type='identity'), output_trans=dict(type='last_conv', kernel_size=3),
+        same_down_trans=None,     # recipe of the connection from the coarser level of the same way
+        same_up_trans=dict(type='conv', kernel_size=3, stride=2, padding=1), # from its finer level
+        across_lateral_trans=dict(type='conv', kernel_size=1), # from the same level of the way before
+        across_down_trans=dict(type='conv', kernel_size=3), # from the coarser level of the way before
+        across_up_trans=None,     # from the finer level of the way before
+        across_skip_trans=dict(type='identity'), # from the same level of the input
+        output_trans=dict(type='last_conv', kernel_size=3), # from all ways to an output
         start_level:int=0, end_level:int=-1, # first and last map that are used; -1: all
         add_extra_convs:bool=False, # extra levels by convolution, or by every second cell
         norm_cfg=None,       # accepted, not used: recipes have their own
         skip_inds=None,      # for each level the ways that leave it as it is; None: no way does
-        init_cfg=[dict(type='Caffe2Xavier', layer='Conv2d'), dict(type='Constant', layer=['_BatchNorm', '_InstanceNorm', 'GroupNorm', 'LayerNorm'], val=1.)],
+        init_cfg=[dict(type='Caffe2Xavier', layer='Conv2d'), # how the layers start
+                  dict(type='Constant', layer=['_BatchNorm', '_InstanceNorm', 'GroupNorm', 'LayerNorm'],
+                       val=1.)],
     ):
         super().__init__()
         self.in_channels,self.start_level,self.paths,self.init_cfg = list(in_channels),start_level,list(paths),init_cfg

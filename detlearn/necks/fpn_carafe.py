@@ -7,7 +7,7 @@ __all__ = ['carafe', 'CARAFEPack', 'PixelShufflePack', 'doubling', 'cropped_sum'
 
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #47a4b82b
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
@@ -20,7 +20,7 @@ def carafe(
     kernel_size:int,   # `k`, odd
     group_size:int=1,  # groups of channels with weights of their own
     scale_factor:int=1,# `s`
-):                     # `(B, C, sH, sW)`
+)->Tensor:             # `(B, C, sH, sW)`
     "Each fine cell is a weighted sum of coarse neighbours; outside the map lie zeros."
     (B,C,H,W),k,s = features.shape,kernel_size,scale_factor
     near = F.unfold(features, k, padding=k//2).view(B, group_size, C//group_size, k*k, H, W)
@@ -53,14 +53,14 @@ class CARAFEPack(nn.Module):
 
     def weights(self,
         x,   # `(B, C, H, W)`
-    ):       # `(B, up_group·k², sH, sW)`, sum to 1 over each group's `k²`
+    )->Tensor: # `(B, up_group·k², sH, sW)`, sum to 1 over each group's `k²`
         "What each fine cell takes from its neighbours."
         m = F.pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
         return m.unflatten(1, (self.up_group, -1)).softmax(2).flatten(1, 2)
 
     def forward(self,
         x,   # `(B, C, H, W)`
-    ):       # `(B, C, sH, sW)`
+    )->Tensor: # `(B, C, sH, sW)`
         "Predict, mix."
         return carafe(x, self.weights(x).to(x.dtype), self.up_kernel, self.up_group, self.scale_factor)
 
@@ -77,7 +77,7 @@ class PixelShufflePack(nn.Module):
 
     def forward(self,
         x,   # `(B, C, H, W)`
-    ):       # `(B, C, sH, sW)`
+    )->Tensor: # `(B, C, sH, sW)`
         "Convolve, move."
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
@@ -101,7 +101,7 @@ def doubling(
 def cropped_sum(
     fine,  # `(B, C, H, W)`
     up,    # `(B, C, H', W')`, at least as large
-):         # like `fine`
+)->Tensor: # like `fine`
     "Add what fits: doubling an odd size gives one row too many."
     return fine + up[..., :fine.shape[2], :fine.shape[3]]
 

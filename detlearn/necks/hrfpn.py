@@ -7,7 +7,7 @@ __all__ = ['at_finest', 'HRFPN']
 
 # %% ../../nbs/05_necks/10_hrfpn.ipynb #64e1e81c
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from ..core.registry import NECKS
@@ -17,7 +17,7 @@ from ..layers.initialize import initialize
 # %% ../../nbs/05_necks/10_hrfpn.ipynb #83e99976
 def at_finest(
     maps,  # finest first
-):         # `(B, sum of channels, H, W)`, size of the first
+)->Tensor: # `(B, sum of channels, H, W)`, size of the first
     "All maps at the size of the finest, in the channels."
     size = maps[0].shape[2:]
     return torch.cat([maps[0]] + [F.interpolate(m, size=size, mode='bilinear', align_corners=False) for m in maps[1:]], 1)

@@ -8,7 +8,7 @@ __all__ = ['MERGES', 'fit', 'MergeCell', 'SumCell', 'GlobalPoolingCell', 'Concat
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #149ad8d1
 import warnings
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
@@ -19,7 +19,7 @@ def fit(
     x,      # `(B, C, h, w)`
     size,   # height and width of the result
     mode='nearest', # of the enlargement
-):          # `(B, C, *size)`
+)->Tensor:  # `(B, C, *size)`
     "Repeat, or take maxima of equal windows; zeros fill the last ones."
     h,w = x.shape[2:]
     H,W = size
@@ -56,7 +56,7 @@ class MergeCell(nn.Module):
         x1,            # `(B, C, h, w)`
         x2,            # `(B, C, h', w')`
         out_size=None, # height and width of the result; default: those of the larger map
-    ):                 # `(B, out_channels, *out_size)`
+    )->Tensor:         # `(B, out_channels, *out_size)`
         "Convolve, resize, join, convolve."
         size = out_size or max(tuple(x1.shape[2:]), tuple(x2.shape[2:]))
         x = self.join(fit(self.input1_conv(x1), size, self.mode), fit(self.input2_conv(x2), size, self.mode))
@@ -67,7 +67,7 @@ class SumCell(MergeCell):
     "The sum of two maps."
     def join(self,
         a, b, # `(B, C, H, W)`, both
-    ):        # `(B, C·widths, H, W)`
+    )->Tensor: # `(B, C·widths, H, W)`
         "Add."
         return a + b
 
@@ -75,7 +75,7 @@ class GlobalPoolingCell(MergeCell):
     "The second map, plus as much of the first as the second's mean decides."
     def join(self,
         a, b, # `(B, C, H, W)`, both
-    ):        # `(B, C·widths, H, W)`
+    )->Tensor: # `(B, C·widths, H, W)`
         "The mean of the second is a switch for the first."
         return b + b.mean((2, 3), keepdim=True).sigmoid()*a
 
@@ -84,7 +84,7 @@ class ConcatCell(MergeCell):
     widths = 2
     def join(self,
         a, b, # `(B, C, H, W)`, both
-    ):        # `(B, C·widths, H, W)`
+    )->Tensor: # `(B, C·widths, H, W)`
         "Side by side."
         return torch.cat([a, b], 1)
 

@@ -7,7 +7,7 @@ __all__ = ['mixed', 'RFP']
 
 # %% ../../nbs/05_necks/15_rfp.ipynb #228d0aaf
 import copy
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import BACKBONES, NECKS
 from ..layers.context import ASPP
 from ..layers.initialize import initialize
@@ -18,7 +18,7 @@ def mixed(
     old,    # `(B, C, H, W)`
     new,    # same shape
     weigh,  # `(B, C, H, W)` to `(B, 1, H, W)`: a score for the new map
-):          # same shape
+)->Tensor:  # same shape
     "A weighted mean of two maps; the new one says how much it counts."
     share = weigh(new).sigmoid()
     return share*new + (1 - share)*old

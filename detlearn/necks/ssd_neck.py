@@ -7,7 +7,7 @@ __all__ = ['L2Norm', 'SSDNeck']
 
 # %% ../../nbs/05_necks/09_ssd_neck.ipynb #2193a355
 import torch
-from torch import nn
+from torch import nn, Tensor
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.convolutions import DepthwiseSeparableConvModule
@@ -26,7 +26,7 @@ class L2Norm(nn.Module):
 
     def forward(self,
         x, # `(B, C, H, W)`
-    ):     # same shape and dtype; computed in float32 or better
+    )->Tensor: # same shape and dtype; computed in float32 or better
         "Divide by the length, multiply by the factor."
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         length = wide.pow(2).sum(1, keepdim=True).sqrt() + self.eps

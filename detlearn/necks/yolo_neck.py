@@ -7,7 +7,7 @@ __all__ = ['DetectionBlock', 'YOLOV3Neck']
 
 # %% ../../nbs/05_necks/05_yolo_neck.ipynb #3862e2d7
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
@@ -31,7 +31,7 @@ class DetectionBlock(nn.Module):
 
     def forward(self,
         x, # `(B, in_channels, H, W)`
-    ):     # `(B, out_channels, H, W)`
+    )->Tensor: # `(B, out_channels, H, W)`
         "One after the other."
         for i in range(1, 6): x = getattr(self, f'conv{i}')(x)
         return x

@@ -8,7 +8,7 @@ __all__ = ['enlarge', 'YOLOXPAFPN']
 # %% ../../nbs/05_necks/06_yolox_pafpn.ipynb #a0c9b04b
 import math
 import torch
-from torch import nn
+from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..backbones.csp_darknet import CSPLayer, conv_kind
@@ -20,7 +20,7 @@ def enlarge(
     x,             # `(B, C, h, w)`
     like,          # map whose height and width are taken
     upsample_cfg,  # for `F.interpolate`; its `scale_factor` is not used, the size decides
-):                 # `(B, C, H, W)`
+)->Tensor:         # `(B, C, H, W)`
     "A coarse map at the size of a finer one."
     cfg = {k: v for k,v in upsample_cfg.items() if k not in ('scale_factor', 'size')}
     return F.interpolate(x, size=like.shape[2:], **cfg)

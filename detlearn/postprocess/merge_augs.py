@@ -14,7 +14,7 @@ from .nms import batched_nms
 # %% ../../nbs/08_postprocess/05_merge_augs.ipynb #3caaac64
 def merge_aug_scores(
     aug_scores, # one tensor a look, all of one shape; or numbers
-):              # their mean
+)->Tensor:      # their mean
     "The mean of the scores."
     if isinstance(aug_scores[0], Tensor): return torch.stack(list(aug_scores)).mean(0)
     return sum(aug_scores)/len(aug_scores)
@@ -24,7 +24,7 @@ def merge_aug_bboxes(
     aug_scores,         # `(N, C+1)` of each look; None: boxes alone
     img_metas,          # of each look, a list with the meta of its one image
     rcnn_test_cfg=None, # not used
-):                      # `(N, 4*k)` pixels of the photo, and `(N, C+1)` if there are scores
+)->Tensor|tuple:        # `(N, 4*k)` pixels of the photo, and `(N, C+1)` if there are scores
     "Every look back to the photo, then the mean."
     back = []
     for boxes,meta in zip(aug_bboxes, img_metas):

@@ -20,7 +20,7 @@ class ApproxMaxIoUAssigner(MaxIoUAssigner):
         gt,           # `GroundTruth`, boxes `(..., G, 4)`
         preds=None,   # not used
         approxs=None, # `(..., P, A, 4)` stand-ins of each square, `A` of them; None: the squares themselves
-    )->AssignResult:
+    )->AssignResult:  # `gt_inds` `(..., P)`
         "IoU of the best stand-in, then thresholds and claims."
         if approxs is None: approxs = priors.boxes[..., None, :]
         if approxs.shape[-3] != priors.boxes.shape[-2]:

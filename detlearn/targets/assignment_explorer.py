@@ -9,6 +9,7 @@ __all__ = ['STARTS', 'COSTS', 'Scene', 'box_masks', 'make_scene', 'toy_scene', '
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #88061be5
 import ast, importlib, inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 import ipywidgets as W
 import matplotlib.pyplot as plt
@@ -54,7 +55,7 @@ def make_scene(
     scale:float=2.,   # side of a prior, in strides
     image=None,       # `(3, side, side)` uint8, or None
     seed:int=0,       # of the predictions
-)->Scene:
+)->Scene:            # with masks of the boxes
     "Priors and pretended predictions around some objects."
     maker = AnchorGenerator(list(strides), [1.], [scale], center_offset=.5)
     priors = maker([(-(-side//s), -(-side//s)) for s in strides])
@@ -68,7 +69,7 @@ def toy_scene(
     seed:int=0,     # the same seed gives the same objects
     skill:float=.6, # of the pretended net
     side:int=128,   # pixels
-)->Scene:
+)->Scene:          # with its image
     "A toy photo with four to six objects."
     toy = ToyShapes(seed+1, size=side, min_objects=4, sizes=(14, 56), seed=3)[seed]
     return make_scene(GroundTruth(toy['boxes'], toy['labels']), side, skill, image=toy['image'])
@@ -87,7 +88,7 @@ def suited(
 def answer(
     assigner, # any
     scene,    # `Scene`
-)->AssignResult:
+)->AssignResult: # `gt_inds` `(P,)`
     "What the assigner says about the scene."
     return assigner.assign(suited(assigner, scene.priors), scene.gt, scene.preds)
 
@@ -142,7 +143,7 @@ COSTS = dict(cls_cost=ClassificationCost, reg_cost=BBoxL1Cost, iou_cost=IoUCost,
 def control_for(
     name:str,  # of the setting
     default,   # its default; `inspect.Parameter.empty` without one
-):             # an ipywidgets control
+)->object:     # an ipywidgets control
     "What suits a setting."
     value = STARTS.get(name, None if default is inspect.Parameter.empty else default)
     if name in COSTS: control = W.FloatSlider(1., min=0, max=10, step=.5)
@@ -166,7 +167,7 @@ def controls_of(
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #3814122b
 def overlap_of(
     mode:str, # `'iou'`, `'giou'` or `'iof'`
-):            # `f(a, b, mode='iou')`; another mode than the ordinary one is left alone
+)->Callable:  # `f(a, b, mode='iou')`; another mode than the ordinary one is left alone
     "An `iou_calculator` that measures otherwise."
     return lambda a, b, asked='iou', mode_=mode, **kw: box_iou(a, b, mode_ if kw.get('mode', asked) == 'iou' else kw.get('mode', asked))
 
@@ -174,7 +175,7 @@ def overlap_of(
 def assigner_from(
     cls,         # an assigner
     values:dict, # `{setting: value of its control}`
-):               # the object; `ValueError` with a sentence for what does not work
+)->object:       # the object; `ValueError` with a sentence for what does not work
     "Build it as a config would, from the controls."
     def read(name, value):
         if name in COSTS: return COSTS[name](weight=value)
@@ -201,7 +202,7 @@ class Side(W.VBox):
         for c in self.controls.values(): c.observe(lambda change: self.changed(), 'value')
         self.children = [self.choice, *self.controls.values()]
 
-    def assigner(self): # an object; `ValueError` for what does not work
+    def assigner(self)->object: # an object; `ValueError` for what does not work
         "The chosen class with the chosen settings."
         return assigner_from(BBOX_ASSIGNERS[self.choice.value], {k: c.value for k,c in self.controls.items()})
 

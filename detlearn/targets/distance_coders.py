@@ -54,7 +54,7 @@ class DistancePointBBoxCoder(BaseBBoxCoder):
 def normalizers(
     normalizer, # a number, or four of them: for top, bottom, left, right
     x:Tensor,   # gives dtype and device
-):              # a number, or `(4,)`
+)->float|Tensor: # a number, or `(4,)`
     "What distances are divided by, beside `x`."
     if isinstance(normalizer, (int, float)): return float(normalizer)
     if len(normalizer) != 4:

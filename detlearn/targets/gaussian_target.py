@@ -16,7 +16,7 @@ from torch import Tensor
 def gaussian_radius(
     det_size,          # `(height, width)`: numbers, or tensors of any shape
     min_overlap:float, # IoU that a box with both corners moved by the radius still has
-):                     # a number or a tensor, in the unit of `det_size`; not rounded
+)->float|Tensor:       # a number or a tensor, in the unit of `det_size`; not rounded
     "How far both corners may move (Law and Deng, 2018): the least of three cases."
     h,w = det_size
     total,area,o = h+w,h*w,min_overlap

@@ -8,7 +8,9 @@ __all__ = ['bbox_overlaps', 'rounded_to_half', 'BboxOverlaps2D', 'columns', 'tak
            'np_bbox_overlaps']
 
 # %% ../../nbs/06_targets/00_iou.ipynb #c6c6fa76
+from collections.abc import Callable
 from dataclasses import dataclass
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -152,7 +154,7 @@ def kept(
     parts,         # slices
     pairs:int,     # how many numbers the table has, of one image
     most:int=2**22,# a table with more is not kept
-):                 # `f(part)`, the same numbers
+)->Callable:       # `f(part)`, the same numbers
     "Fill a small table once; leave a large one to be filled again at each pass."
     if pairs > most: return fill
     held = {p.start: fill(p) for p in parts}
@@ -207,7 +209,7 @@ def np_bbox_overlaps(
     mode='iou',                  # or `'iof'`
     eps=1e-6,                    # floor of the divisor
     use_legacy_coordinate=False, # x2 and y2 are the last pixels inside
-):                               # `(G, P)` float32 array
+)->np.ndarray:                   # `(G, P)` float32 array
     "Overlap of all pairs, for arrays."
     a,b = [torch.as_tensor(x, dtype=torch.float32).reshape(-1, 4) for x in (bboxes1, bboxes2)]
     if use_legacy_coordinate: a,b = [x + x.new_tensor([0, 0, 1, 1]) for x in (a, b)]

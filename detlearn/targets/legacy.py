@@ -65,7 +65,7 @@ class LegacySSDAnchorGenerator(SSDAnchorGenerator):
 # %% ../../nbs/06_targets/02c_legacy.ipynb #45638f98
 def last_pixel(
     max_shape, # `(height, width[, channels])`, a tensor `(B, 2)`, or None
-):             # the same, one less; None stays None
+)->tuple|Tensor: # the same, one less; None stays None
     "The border as the last pixel inside."
     if max_shape is None: return None
     return max_shape - 1 if isinstance(max_shape, Tensor) else tuple(v-1 for v in tuple(max_shape)[:2])

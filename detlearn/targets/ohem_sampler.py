@@ -9,6 +9,7 @@ __all__ = ['hardness', 'OHEMSampler', 'nms_groups', 'importance', 'hlr_weights',
 import torch
 import torchvision
 from torch import Tensor
+from ..core.structures import SamplingResult
 from ..core.boxes import box_iou
 from ..core.registry import BBOX_SAMPLERS
 from .random_sampler import BaseSampler, RandomSampler, candidates, rank
@@ -65,7 +66,7 @@ class OHEMSampler(BaseSampler):
         gt,            # `GroundTruth`, `(..., G)`
         losses=None,   # `(..., P)`, or `(..., G+P)` where objects are added; None: the context tells
         feats=None,    # for the context
-    ):                 # `SamplingResult`, `(..., N)`
+    )->SamplingResult: # `SamplingResult`, `(..., N)`
         "Draw the hardest."
         if losses is None:
             everyone,boxes,_ = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
@@ -150,7 +151,7 @@ class ScoreHLRSampler(RandomSampler):
         gt,            # `GroundTruth`
         preds=None,    # `(logits (..., P', C+1), boxes (..., P', 4))` of all candidates; None: the context tells
         feats=None,    # for the context
-    ):                 # `SamplingResult`, `(..., N)`, with weights
+    )->SamplingResult: # `SamplingResult`, `(..., N)`, with weights
         "Rank, draw, weigh; one NMS, where the host waits."
         everyone,boxes,_ = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
         if preds is None and self.context is None: raise ValueError('ScoreHLRSampler needs a context, or sample(..., preds=(logits, boxes)).')

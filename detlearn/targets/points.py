@@ -35,7 +35,7 @@ class MlvlPointGenerator:
     ): self.strides,self.offset = [pair(s) for s in strides],offset
 
     @property
-    def num_levels(self)->int:
+    def num_levels(self)->int: # one a stride
         "How many levels."
         return len(self.strides)
 

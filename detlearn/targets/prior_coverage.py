@@ -6,6 +6,7 @@
 __all__ = ['objects_of', 'images_of', 'Coverage', 'prior_coverage', 'shape_iou', 'missing_shapes', 'with_shapes', 'draw_coverage']
 
 # %% ../../nbs/06_targets/19b_prior_coverage.ipynb #4f76ddaa
+from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def objects_of(
 
 def images_of(
     dataset, # a list of items, or a data set
-):           # iterator of `GroundTruth`
+)->Iterator: # iterator of `GroundTruth`
     "Image by image; with `get_ann_info` no photo is opened."
     items = (dataset.get_ann_info(i) for i in range(len(dataset))) if hasattr(dataset, 'get_ann_info') else (dataset[i] for i in range(len(dataset)))
     return map(objects_of, items)

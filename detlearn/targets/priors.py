@@ -125,12 +125,12 @@ def check_levels(
 # %% ../../nbs/06_targets/01_priors.ipynb #ab6b6a2b
 def check_settings(
     n:int,            # number of levels
-    scales,           # see `AnchorGenerator`, as the next five
-    octave_base_scale,
-    scales_per_octave,
-    base_sizes,
-    centers,
-    center_offset,
+    scales,           # this and what follows: see `AnchorGenerator`
+    octave_base_scale,# or None
+    scales_per_octave,# or None
+    base_sizes,       # one a level, or None
+    centers,          # one a level, or None
+    center_offset,    # 0 to 1
 ):                    # nothing; `ValueError` with a sentence
     "Settings of an `AnchorGenerator` that contradict each other."
     octave = [v is not None for v in (octave_base_scale, scales_per_octave)]
@@ -176,7 +176,7 @@ class AnchorGenerator:
                 for b,c in zip(self.base_sizes, at)]
 
     @property
-    def num_levels(self)->int:
+    def num_levels(self)->int: # one a stride
         "How many levels."
         return len(self.strides)
 

@@ -195,7 +195,7 @@ def turned(
     assigner, # any
     name:str, # of a setting
     value,    # its new value
-):            # a copy with that value
+)->object:    # a copy with that value
     "The same assigner, but for one setting."
     other = copy.copy(assigner); setattr(other, name, value)
     return other
@@ -214,7 +214,7 @@ def edge(
     works,  # `f(value) -> bool`, True at `new`
     old,    # False here
     new,    # True here
-):          # a round number as near to `old` as may be, for which `works` is True
+)->float:   # a round number as near to `old` as may be, for which `works` is True
     "Halve the way to where it begins to work, then round."
     if isinstance(new, bool) or (isinstance(new, float) and old <= 0): return new
     for _ in range(8):
@@ -315,7 +315,7 @@ def why_one_image(
     gt,       # `GroundTruth` of that image
     preds,    # `Predictions` of that image, or None
     image:int,# its number, for the rows
-)->Reasons:
+)->Reasons: # one row for each object
     "`why_no_prior` for one image."
     codes,counts = assigner.assign(priors, gt, preds).gt_inds,positives(assigner, priors, gt, preds)
     boxes,lost = stand_in(assigner, priors, preds),(counts == 0) & gt.real

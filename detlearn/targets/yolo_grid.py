@@ -75,7 +75,7 @@ class YOLOAnchorGenerator(AnchorGenerator):
 def beside(
     stride,    # pixels: a number, or a tensor `(...)` or `(..., 1)`
     x:Tensor,  # `(..., 2)`
-):             # a number, or a tensor that broadcasts with `x`
+)->float|Tensor: # a number, or a tensor that broadcasts with `x`
     "The stride with an axis for x and y."
     return stride[..., None] if isinstance(stride, Tensor) and 0 < stride.dim() < x.dim() else stride
 
