@@ -179,7 +179,7 @@ def load(folder):
         store = load_file(path.with_suffix('.safetensors'))
         for case in json.loads(path.read_text())['cases']:
             lack = ours.missing(settings(case['config']))
-            if lack: lacking[case['kind'], *lack] += 1
+            if lack: lacking[(case['kind'], *lack)] += 1
             else: cases.append(pytest.param(case, store, id=f"{case['kind']}-{case['id']}"))
     return cases, lacking
 

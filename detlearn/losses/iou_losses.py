@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IOU_MODES', 'shared_and_covered', 'sides_around', 'paired_iou', 'paired_giou', 'centre_distance', 'shape_difference',
            'weight_of_box', 'iou_loss', 'giou_loss', 'diou_loss', 'ciou_loss', 'bounded_iou_loss', 'IoULoss',
-           'GIoULoss', 'DIoULoss', 'CIoULoss', 'BoundedIoULoss']
+           'OverlapLoss', 'GIoULoss', 'DIoULoss', 'CIoULoss', 'BoundedIoULoss']
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #5e323cd6
 import functools, math, warnings
@@ -186,34 +186,32 @@ class IoULoss(LossPart):
         super().__init__(iou_loss, reduction, loss_weight, mode='linear' if linear else mode, eps=eps)
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #4f5a3f1f
-@LOSSES.register_module()
-class GIoULoss(LossPart):
-    "`1 - GIoU`, as a part."
+class OverlapLoss(LossPart):
+    "`1 - overlap`, as a part; a relative says which overlap."
+    formula = None            # made by `weighted_loss`
     def __init__(self,
-        eps:float=1e-6,       # smallest area that is divided by
+        eps:float=1e-6,       # keeps what is divided by off 0; see the formula
         reduction='mean',     # `'none'`, `'mean'`, `'sum'`
         loss_weight:float=1., # factor of the result, also of `'none'`
-    ): super().__init__(giou_loss, reduction, loss_weight, eps=eps)
-
-@LOSSES.register_module()
-class DIoULoss(LossPart):
-    "`1 - DIoU`, as a part."
-    def __init__(self,
-        eps:float=1e-6,       # added to what is divided by
-        reduction='mean',     # `'none'`, `'mean'`, `'sum'`
-        loss_weight:float=1., # factor of the result, also of `'none'`
-    ): super().__init__(diou_loss, reduction, loss_weight, eps=eps)
+    ): super().__init__(type(self).formula, reduction, loss_weight, eps=eps)
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #34694876
 @LOSSES.register_module()
-class CIoULoss(LossPart):
-    "`1 - CIoU`, as a part."
-    def __init__(self,
-        eps:float=1e-6,       # added to what is divided by, and to heights
-        reduction='mean',     # `'none'`, `'mean'`, `'sum'`
-        loss_weight:float=1., # factor of the result, also of `'none'`
-    ): super().__init__(ciou_loss, reduction, loss_weight, eps=eps)
+class GIoULoss(OverlapLoss):
+    "`1 - GIoU`, as a part."
+    formula = staticmethod(giou_loss)
 
+@LOSSES.register_module()
+class DIoULoss(OverlapLoss):
+    "`1 - DIoU`, as a part."
+    formula = staticmethod(diou_loss)
+
+@LOSSES.register_module()
+class CIoULoss(OverlapLoss):
+    "`1 - CIoU`, as a part."
+    formula = staticmethod(ciou_loss)
+
+# %% ../../nbs/07_losses/04_iou_losses.ipynb #0203394f
 @LOSSES.register_module()
 class BoundedIoULoss(LossPart):
     "Four bounded elements a box, as a part."

@@ -160,7 +160,8 @@ class LossPart(nn.Module):
         "The loss times `loss_weight`."
         reduction = choose_reduction(self.reduction, reduction_override)
         settings = {**{name: getattr(self, name) for name in self.settings}, **more}
-        return self.loss_weight * self.loss_func(pred, target, weight, reduction, avg_factor, **settings)
+        return self.loss_weight * self.loss_func(pred, target, weight=weight, reduction=reduction,
+                                                 avg_factor=avg_factor, **settings)
 
     def extra_repr(self)->str: # settings by name
         "What `print` shows of it."

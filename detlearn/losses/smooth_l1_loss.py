@@ -7,9 +7,9 @@ __all__ = ['box_weight', 'distances', 'l1_loss', 'smooth_l1_loss', 'L1Loss', 'Sm
 
 # %% ../../nbs/07_losses/03_smooth_l1_loss.ipynb #993bebf0
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from ..core.registry import LOSSES
-from .reduce import weight_reduce_loss, only_used, at_least_float32, choose_reduction
+from .reduce import LossPart, weight_reduce_loss, only_used, at_least_float32
 
 # %% ../../nbs/07_losses/03_smooth_l1_loss.ipynb #d1da4dc6
 def box_weight(
@@ -66,45 +66,18 @@ def smooth_l1_loss(
 
 # %% ../../nbs/07_losses/03_smooth_l1_loss.ipynb #a4ac8c60
 @LOSSES.register_module()
-class L1Loss(nn.Module):
+class L1Loss(LossPart):
     "Absolute difference, as a part."
     def __init__(self,
         reduction='mean',     # `'none'`, `'mean'`, `'sum'`
         loss_weight:float=1., # factor of the result, also of `'none'`
-    ):
-        super().__init__()
-        self.reduction,self.loss_weight = choose_reduction(reduction),loss_weight
+    ): super().__init__(l1_loss, reduction, loss_weight)
 
-    def forward(self,
-        pred,                    # `(..., 4)`
-        target,                  # `(..., 4)`
-        weight=None,             # `(..., 4)` or `(...)`
-        avg_factor=None,         # usually the number of positives
-        reduction_override=None, # instead of the part's own
-    )->Tensor:                   # scalar, or elements for `'none'`
-        "The loss times `loss_weight`."
-        reduction = choose_reduction(self.reduction, reduction_override)
-        return self.loss_weight * l1_loss(pred, target, weight, reduction, avg_factor)
-
-# %% ../../nbs/07_losses/03_smooth_l1_loss.ipynb #2bbe34f9
 @LOSSES.register_module()
-class SmoothL1Loss(nn.Module):
+class SmoothL1Loss(LossPart):
     "A parabola within `beta`, a straight line outside, as a part."
     def __init__(self,
         beta:float=1.,        # half width of the parabola
         reduction='mean',     # `'none'`, `'mean'`, `'sum'`
         loss_weight:float=1., # factor of the result, also of `'none'`
-    ):
-        super().__init__()
-        self.beta,self.reduction,self.loss_weight = beta,choose_reduction(reduction),loss_weight
-
-    def forward(self,
-        pred,                    # `(..., 4)`
-        target,                  # `(..., 4)`
-        weight=None,             # `(..., 4)` or `(...)`
-        avg_factor=None,         # usually the number of positives
-        reduction_override=None, # instead of the part's own
-    )->Tensor:                   # scalar, or elements for `'none'`
-        "The loss times `loss_weight`."
-        reduction = choose_reduction(self.reduction, reduction_override)
-        return self.loss_weight * smooth_l1_loss(pred, target, weight, self.beta, reduction, avg_factor)
+    ): super().__init__(smooth_l1_loss, reduction, loss_weight, beta=beta)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..core.registry import PRIOR_GENERATORS
 from ..core.structures import Priors
-from .priors import check_levels, pair, valid_cells
+from .priors import check_levels, flags_of_levels, pair
 
 # %% ../../nbs/06_targets/01c_points.ipynb #90764f47
 def points_of_level(
@@ -87,9 +87,7 @@ class MlvlPointGenerator:
         device='cpu',  # where they are needed
     )->list:           # one `(H*W,)` bool a level
         "Which points belong to cells of one padded image; `valid_priors` does it for a batch."
-        sizes = torch.tensor([tuple(pad_shape[:2])]).to(device, non_blocking=True)
-        flags = valid_cells(featmap_sizes, self.strides, self.num_base_priors, sizes)[0]
-        return list(flags.split([h*w for h,w in featmap_sizes]))
+        return flags_of_levels(featmap_sizes, self.strides, self.num_base_priors, pad_shape, device)
 
     def __call__(self,
         featmap_sizes,     # one `(height, width)` a level, cells
