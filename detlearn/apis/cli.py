@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'COMMANDS', 'as_sentence', 'run_command', 'ready_config', 'train', 'resume_command', 'summary', 'test',
-           'predict', 'bar', 'browse_config', 'demo', 'version_of', 'doctor', 'lint', 'take_set', 'parse_words',
-           'overview', 'main']
+           'predict', 'bar', 'browse_config', 'demo', 'version_of', 'doctor', 'lint', 'download', 'take_set',
+           'parse_words', 'overview', 'main']
 
 # %% ../../nbs/15_apis/04_cli.ipynb #0593210e
 import importlib.metadata, inspect, json, os, platform, shlex, sys, warnings
@@ -222,7 +222,28 @@ def lint(
     return lint_command(path, photos, out, gallery, repaired, strict, most)
 
 # %% ../../nbs/15_apis/04_cli.ipynb #a7ed993f
-COMMANDS = {'demo': demo, 'train': train, 'test': test, 'predict': predict, 'browse-config': browse_config, 'lint': lint, 'doctor': doctor} # command: function
+def download(
+    name:str=None,      # of a set, e.g. penn_fudan; default: list them
+    to:str='data',      # folder
+    list:bool=False,    # list the sets with their sizes
+    dry_run:bool=False, # only say what would be fetched, and the room it needs
+    keep:bool=False,    # keep the archives, in TO/downloads
+    trust:bool=False,   # take an archive although it is not the one of the table
+):
+    "Fetch a real data set: resumed where it broke off, checked, unpacked."
+    from detlearn.data.download import size_text
+    from detlearn.data.real_sets import SETS, download_dataset, plan_text
+    if list or name is None:
+        sizes = {k: size_text(sum(a.size for a in s.archives)) for k,s in SETS.items()}
+        print('\n'.join(f'{k:13} {sizes[k]:>8}  {s.about}' for k,s in SETS.items()))
+        return
+    print(plan_text(name, to, keep))
+    if dry_run: return
+    for split,cfg in download_dataset(name, to, keep, trust).items():
+        print(f'{split:9} ' + ', '.join(f'{k}={v!r}' for k,v in cfg.items()))
+
+# %% ../../nbs/15_apis/04_cli.ipynb #22f8167f
+COMMANDS = {'demo': demo, 'train': train, 'test': test, 'predict': predict, 'browse-config': browse_config, 'lint': lint, 'download': download, 'doctor': doctor} # command: function
 
 def take_set(
     words:list, # after the command
