@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'map_back', 'to_original', 'coco_results', 'image_number', 'complete', 'check_results', 'mean_known',
-           'summarise', 'name_numbers', 'run_coco', 'evaluate']
+           'summarise', 'name_numbers', 'run_coco', 'wanted_categories', 'rows_for', 'class_numbers', 'evaluate']
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #d9482698
 import contextlib, io, warnings
@@ -136,6 +136,9 @@ def run_coco(
     cat_ids,       # category ids to evaluate
     iou_type,      # `'bbox'` or `'segm'`
     limits,        # numbers of boxes that count, rising
+    iou_thrs=None, # overlaps; None: COCO's ten
+    by_class=True, # False: any box may find any object, as with proposals; `C` is 1 then
+    between=None,  # `f(run)`, called when boxes and objects are matched and nothing is counted yet
 )->COCOeval:       # `COCOeval`, accumulated
     "pycocotools without its files and its printing."
     with contextlib.redirect_stdout(io.StringIO()):
@@ -143,30 +146,59 @@ def run_coco(
         truth.dataset,found.dataset = coco,dict(coco, annotations=[])
         truth.createIndex(); found.createIndex()
         run = COCOeval(truth, truth.loadRes(results) if results else found, iou_type)
-        run.params.catIds,run.params.maxDets = list(cat_ids),list(limits)
-        run.evaluate(); run.accumulate()
+        run.params.catIds,run.params.maxDets,run.params.useCats = list(cat_ids),list(limits),int(by_class)
+        if iou_thrs is not None: run.params.iouThrs = np.atleast_1d(iou_thrs)
+        run.evaluate()
+        if between: between(run)
+        run.accumulate()
     return run
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #ce347187
+def wanted_categories(
+    coco:dict,    # ground truth
+    classes=None, # names; None: all
+)->dict:          # id: name, in the order of the file
+    "The categories that are evaluated."
+    names = {c['id']: c['name'] for c in coco['categories']}
+    missing = set(classes or ()) - set(names.values())
+    if missing: raise ValueError(f'no category is called {sorted(missing)}; there is {sorted(names.values())}')
+    return {i: n for i,n in names.items() if classes is None or n in classes}
+
+def rows_for(
+    results:list,  # from `coco_results`
+    coco:dict,     # ground truth
+    cat_ids,       # category ids that are evaluated
+    iou_type,      # `'segm'`: boxes are left out, so that areas are those of masks
+)->list:           # copies, checked
+    "Results as the evaluation wants them."
+    rows = check_results(results, coco, cat_ids)
+    return rows if iou_type == 'bbox' else [{k: v for k,v in r.items() if k != 'bbox'} for r in rows]
+
+def class_numbers(
+    precision,   # `(T, 101, C, 4)`, -1 for unknown
+    names,       # of the `C` classes
+    overlaps,    # `(T,)`
+)->dict:         # `name: dict(AP=, AP50=)`
+    "What is known of each class."
+    half = np.isclose(overlaps, .5)
+    return {n: dict(AP=mean_known(precision[:, :, k, 0]), AP50=mean_known(precision[half, :, k, 0])) for k,n in enumerate(names)}
+
+# %% ../../nbs/13_evaluation/02_coco_eval.ipynb #db125665
 def evaluate(
     coco:dict,       # ground truth: `images`, `annotations`, `categories`
     results:list,    # from `coco_results`, of all images; may be empty; left as it is
     classes=None,    # names of the classes to evaluate; None: all categories
     iou_type='bbox', # or `'segm'`, with `segmentation` in both
     max_dets=(100, 300, 1000), # the zoo's limits of boxes; only its own numbers depend on them
+    iou_thrs=None,   # overlaps; None: COCO's ten, .5 to .95
+    by_class=True,   # False: any box may find any object, as with proposals; no `per_class` then
 )->dict:             # COCO's twelve, the zoo's by its names, `per_class={name: dict(AP=, AP50=)}`; -1: can't be said
     "Average precision and recall, by pycocotools."
-    names = {c['id']: c['name'] for c in coco['categories']}
-    missing = set(classes or ()) - set(names.values())
-    if missing: raise ValueError(f'no category is called {sorted(missing)}; there is {sorted(names.values())}')
-    cat_ids = [i for i,n in names.items() if classes is None or n in classes]
-    rows = check_results(results, coco, cat_ids)
-    if iou_type != 'bbox': rows = [{k: v for k,v in r.items() if k != 'bbox'} for r in rows]
+    names = wanted_categories(coco, classes)
+    rows = rows_for(results, coco, names, iou_type)
     limits = sorted({1, 10, 100, *max_dets})
-    run = run_coco(complete(coco), rows, cat_ids, iou_type, limits)
-    precision,recall = run.eval['precision'],run.eval['recall']
-    at = {n: summarise(precision, recall, m, run.params.iouThrs) for m,n in enumerate(limits)}
-    m = limits.index(100)
-    per_class = {names[c]: dict(AP=mean_known(precision[:, :, k, 0, m]), AP50=mean_known(precision[0, :, k, 0, m]))
-                 for k,c in enumerate(cat_ids)}
+    run = run_coco(complete(coco), rows, names, iou_type, limits, iou_thrs, by_class)
+    precision,recall,overlaps = run.eval['precision'],run.eval['recall'],run.params.iouThrs
+    at = {n: summarise(precision, recall, m, overlaps) for m,n in enumerate(limits)}
+    per_class = class_numbers(precision[..., limits.index(100)], names.values(), overlaps) if by_class else {}
     return name_numbers(at, max_dets, iou_type) | dict(per_class=per_class)
