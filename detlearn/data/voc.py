@@ -131,9 +131,11 @@ def photo_size(
     from PIL import Image
     if not os.path.isfile(path): raise FileNotFoundError(no_such_file(Path(path), 'img_prefix'))
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as im:
-            turned = im.getexif().get(0x112, 1) in (5, 6, 7, 8)
-            return im.size[::-1] if turned else im.size
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with Image.open(path) as im:
+                turned = im.getexif().get(0x112, 1) in (5, 6, 7, 8)
+                return im.size[::-1] if turned else im.size
     except Exception as e: raise AnnotationError(f'{path}: no image whose size can be read ({str(e):.60}).') from None
 
 # %% ../../nbs/02_data/02_voc.ipynb #2562ff8c
