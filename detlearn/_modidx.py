@@ -1200,6 +1200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                    'detlearn/data/download.py'),
                                         'detlearn.data.download.Partial.have': ( '02_data/download.html#partial.have',
                                                                                  'detlearn/data/download.py'),
+                                        'detlearn.data.download.Partial.learn_total': ( '02_data/download.html#partial.learn_total',
+                                                                                        'detlearn/data/download.py'),
                                         'detlearn.data.download.Partial.version': ( '02_data/download.html#partial.version',
                                                                                     'detlearn/data/download.py'),
                                         'detlearn.data.download.Partial.whole': ( '02_data/download.html#partial.whole',

@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_resume_goes_on(toys, tmp_path):
 def test_help_names_every_option(capsys):
     assert main([]) == 0 and main(['--help']) == 0
     text = capsys.readouterr().out
-    for name in ('demo', 'train', 'test', 'predict', 'browse-config', 'lint', 'doctor'):
+    for name in ('demo', 'train', 'test', 'predict', 'browse-config', 'lint', 'download', 'doctor'):
         assert name in text and main([name, '--help']) == 0
         assert len(capsys.readouterr().out) > 60
     assert main(['doctor']) == 0 and 'torch' in capsys.readouterr().out

@@ -96,6 +96,14 @@ class Partial:
         "Start again, with the first byte."
         self.file.write_bytes(b''); self.note.write_text(json.dumps(version))
 
+    def learn_total(self,
+        total, # bytes of the whole file; None: nothing new
+    ):
+        "Note the length, where it was not known before."
+        seen = self.version
+        if total is not None and seen.get('total') is None:
+            self.note.write_text(json.dumps(dict(seen, total=total)))
+
     def forget(self):
         "Remove both."
         for p in (self.file, self.note): p.unlink(missing_ok=True)
@@ -151,8 +159,10 @@ def ask(
     answer = open_url(url, {'Range': f'bytes={have}-', 'If-Range': seen['tag']} if goes_on else {},
                       timeout)
     if answer.status == 206:
-        span,tag = answer.headers.get('Content-Range', ''),version_tag(answer.headers)
-        if goes_on and span.startswith(f'bytes {have}-') and tag in ('', seen['tag']): return answer
+        total,tag = announced(answer, have),version_tag(answer.headers)
+        starts = answer.headers.get('Content-Range', '').startswith(f'bytes {have}-')
+        same = tag in ('', seen.get('tag')) and (total is None or seen.get('total') in (None, total))
+        if goes_on and starts and same: partial.learn_total(total); return answer
         answer.close(); answer = open_url(url, timeout=timeout)    # it does not understand If-Range
         if answer.status == 206:
             raise DownloadError(f'{url}: the server sends a part where the whole was asked for.')
@@ -217,7 +227,8 @@ def may_pass(
     if isinstance(error, urllib.error.HTTPError):
         return error.code in (408, 416, 425, 429) or error.code >= 500
     reason = getattr(error, 'reason', None)
-    if isinstance(reason, ssl.SSLCertVerificationError) or isinstance(error, DownloadError): return False
+    if isinstance(reason, (str, ssl.SSLCertVerificationError)) or isinstance(error, DownloadError):
+        return False
     return isinstance(error, (urllib.error.URLError, http.client.HTTPException, ConnectionError,
                               TimeoutError))
 
@@ -228,11 +239,11 @@ def reason_of(
     if isinstance(error, urllib.error.HTTPError):
         hint = {404: 'there is no such file', 403: 'the server refuses it',
                 416: 'the part does not fit the file'}.get(error.code, error.reason)
-        return f'status {error.code}: {hint}'
+        return f'status {error.code}: {" ".join(str(hint).split())}'
     if getattr(error, 'errno', None) == errno.ENOSPC: return 'the disk is full; what has arrived is kept'
     if isinstance(error, urllib.error.URLError) and not isinstance(error.reason, str):
         return f'no answer ({error.reason}); is there a network?'
-    return str(error) or type(error).__name__
+    return ' '.join(str(error).split()) or type(error).__name__
 
 # %% ../../nbs/02_data/10_download.ipynb #dcc168b8
 def fetch(

@@ -194,8 +194,9 @@ def unpack_into(
         name = os.path.relpath(e.filename, root)
         raise ArchiveError(f'{archive} is refused: {name!r} is there twice.') from None
     except DAMAGED as e:
-        raise ArchiveError(f'{archive} is damaged, or no zip and no tar '
-                           f'({str(e) or type(e).__name__:.80}). Download it again.') from None
+        why = (str(e).splitlines() or [''])[0].rstrip(':') or type(e).__name__
+        raise ArchiveError(f'{archive} is damaged, or no zip and no tar ({why:.80}). '
+                           'Download it again.') from None
     except DownloadError: raise
     except OSError as e:
         why = f'the disk is full after {size_text(meter.bytes)}' if e.errno == errno.ENOSPC else e
