@@ -31,12 +31,13 @@ def run_command(
     "Run a command; warnings and errors become sentences."
     from detlearn.data.loader import LoaderError
     with warnings.catch_warnings():
-        warnings.showwarning = lambda text, *where, **kw: print(f'warning: {text}', file=sys.stderr)
+        rank = int(os.environ.get('RANK', 0)); who = f'{name} (process {rank})' if rank else name     # one of several
+        warnings.showwarning = lambda text, *where, **kw: rank or print(f'warning: {text}', file=sys.stderr)
         try: out = call(); return out if type(out) is int else 0
         except KeyboardInterrupt: return 130
         except (*USER_ERRORS, LoaderError) as e:
             if os.environ.get('DETLEARN_TRACEBACK'): raise
-            print(f'detlearn {name}: {as_sentence(e)}', file=sys.stderr); return 2
+            print(f'detlearn {who}: {as_sentence(e)}', file=sys.stderr); return 2
 
 # %% ../../nbs/15_apis/04_cli.ipynb #bca58930
 def ready_config(
@@ -64,20 +65,24 @@ def train(
     device:str=None,         # cpu, cuda, ...; default: the accelerator, or the CPU
     auto_scale_lr:bool=False,# fit the learning rate to the number of photos a step
     skip_validation:bool=False, # measure only at the end
+    launcher:str=None,       # pytorch (torchrun), slurm, mpi or none; default: as it was started
     set:str=None,            # KEY=VALUE [KEY=VALUE ...]: override values of the config
 )->dict:                     # what `metrics.json` holds
     "Train a detector on your photos, measure it, and leave its report."
     from detlearn.apis.report import write_report
     from detlearn.apis.test import Clock
     from detlearn.apis.train import run_training
+    from detlearn.engine.distributed import joined
+    from detlearn.engine.runner import say_once
     clock,folder = Clock(whole=True),work_dir or f'runs/{Path(config).stem}'
-    cfg = ready_config(config, data, set or ())
-    own = dict(work_dir=str(folder), auto_resume=resume, load_from=load_from, seed=seed, device=device)
-    cfg.update({k: v for k,v in own.items() if v is not None})
-    if auto_scale_lr: cfg['auto_scale_lr'] = dict(cfg.get('auto_scale_lr') or {}, enable=True)
-    cfg['resume_hint'] = resume_command(config, dict(data=data, work_dir=folder, seed=seed, device=device, auto_scale_lr=auto_scale_lr, skip_validation=skip_validation, set=set))
-    metrics = run_training(cfg, clock, validate=not skip_validation)[0]
-    print(summary(metrics, write_report(folder)))
+    kept = dict(data=data, work_dir=folder, seed=seed, device=device, auto_scale_lr=auto_scale_lr, skip_validation=skip_validation, launcher=launcher, set=set)
+    own = dict(work_dir=str(folder), auto_resume=resume, load_from=load_from, seed=seed, device=device, resume_hint=resume_command(config, kept))
+    with joined(launcher) as (rank,_):
+        cfg = ready_config(config, data, set or (), say_once)
+        cfg.update({k: v for k,v in own.items() if v is not None})
+        if auto_scale_lr: cfg['auto_scale_lr'] = dict(cfg.get('auto_scale_lr') or {}, enable=True)
+        metrics = run_training(cfg, clock, validate=not skip_validation)[0]
+        if rank == 0: print(summary(metrics, write_report(folder)))
     return metrics
 
 # %% ../../nbs/15_apis/04_cli.ipynb #b5dbee1a
@@ -85,8 +90,11 @@ def resume_command(
     config:str,   # as it was given
     options:dict, # as they were given; None and False: not given
 )->str:           # for a shell, its braces doubled: the runner formats it
-    "The command that goes on with a run."
-    words = ['detlearn', 'train', str(config), '--resume']
+    "The command that goes on with a run; under `torchrun`, with as many processes."
+    env = os.environ
+    hosts = ['--nnodes', env.get('GROUP_WORLD_SIZE', '1'), '--node_rank', env.get('GROUP_RANK', '0'), '--master_addr', env.get('MASTER_ADDR', ''), '--master_port', env.get('MASTER_PORT', '')]
+    many = ['torchrun', '--nproc_per_node', env.get('LOCAL_WORLD_SIZE', '1'), *(hosts if hosts[1] != '1' else []), '-m', 'detlearn.apis.cli']
+    words = [*(many if 'TORCHELASTIC_RUN_ID' in env else ['detlearn']), 'train', str(config), '--resume']
     for k,v in options.items():
         if v is not None and v is not False: words += [f'--{k.replace("_", "-")}', *([] if v is True else v if isinstance(v, list) else [str(v)])]
     return shlex.join(words).replace('{', '{{').replace('}', '}}')
@@ -116,16 +124,19 @@ def test(
     from detlearn.apis.train import check_classes, keep_config, point_at
     from detlearn.core.config import parse_set
     from detlearn.data.folder import find_data
+    from detlearn.engine.distributed import joined
+    from detlearn.engine.runner import say_once
     clock,(cfg,weights) = Clock(whole=True),find_run(model)
-    if data: cfg['data'][split] = point_at(cfg['data'][split], find_data(data)[split])
+    if data: cfg['data'][split] = point_at(cfg['data'][split], find_data(data, say_once)[split])
     if set: cfg.merge_from_dict(parse_set(list(set)))
-    detector,loader = init_detector(cfg, weights, device),build_test_loader(cfg['data'], split)
-    check_classes(detector, dataset_of(loader))
-    metrics,results,_ = measure(detector, loader)
     folder = Path(out or weights.parent/split)
-    cfg['data']['test'] = cfg['data'][split]; keep_config(cfg, folder)
-    metrics = write_metrics(folder, metrics, results, **clock.read(next(detector.parameters()).device), split=split, images=len(dataset_of(loader)))
-    print(summary(metrics, write_report(folder)))
+    with joined() as (rank,world):
+        detector,loader = init_detector(cfg, weights, device),build_test_loader(cfg['data'], split, dist=world > 1)
+        check_classes(detector, dataset_of(loader))
+        metrics,results,_ = measure(detector, loader)
+        metrics = dict(metrics, **clock.read(next(detector.parameters()).device), split=split, images=len(dataset_of(loader)))
+        cfg['data']['test'] = cfg['data'][split]; keep_config(cfg, folder)
+        if rank == 0: write_metrics(folder, metrics, results); print(summary(metrics, write_report(folder)))
     return metrics
 
 # %% ../../nbs/15_apis/04_cli.ipynb #9f3ef3f2
@@ -286,6 +297,9 @@ def main(
     if not argv or argv[0] in ('-h', '--help'): print(overview()); return 0
     name = argv[0].replace('_', '-')
     if name not in COMMANDS: print(f'detlearn has no command {argv[0]!r}{nearest(argv[0], COMMANDS)}', file=sys.stderr); return 2
+    if name not in ('train', 'test') and int(os.environ.get('WORLD_SIZE', 1)) > 1: print(f'detlearn {name} works in one process: start it without torchrun.', file=sys.stderr); return 2
     try: words = parse_words(name, argv[1:])
     except SystemExit as e: return int(e.code or 0)               # argparse has said why
     return run_command(name, lambda: COMMANDS[name](**words))
+
+if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())   # python -m detlearn.apis.cli; not in a notebook

@@ -118,7 +118,8 @@ def save_checkpoint(
     **extra,        # further entries, e.g. `rng=capture_rng()`
 )->Path:            # the path
     "Save atomically, in the zoo's layout."
-    path,meta = Path(path),plain(dict(dict(time=time.asctime(), **versions()), **(meta or {})))
+    now = dict(time=time.asctime(), saved=time.time())
+    path,meta = Path(path),plain({**versions(), **(meta or {}), **now})
     state = weights_of(model)
     with atomic_write(path) as temp, full_disk_explained(path):
         if path.suffix == '.safetensors':
@@ -203,20 +204,23 @@ def slim(
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #74b45a59
 def position(
     path, # of a `.pth` file
-):        # iterations done; None, with a warning, if the file is damaged or not ours
-    "How far a checkpoint has come."
-    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']['iter']
+):        # when it was saved (seconds), iterations done; None, with a warning, if the file is damaged or not ours
+    "When a checkpoint was saved, and how far it had come."
+    try:
+        meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']
+        return meta.get('saved', Path(path).stat().st_mtime),meta['iter']
     except Exception as e:
         warnings.warn(f'{path} is passed over: it is damaged or no checkpoint ({type(e).__name__}).')
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #83bb1b91
 def find_latest(
-    work_dir, # folder with `.pth` files; may be missing
-):            # path of the checkpoint with the most iterations, or None
+    work_dir,       # folder with `.pth` files; may be missing
+    since:float=0., # only files that were written after that time
+):                  # path of the whole checkpoint that was saved last, or None
     "Where to resume."
-    files = [p for p in Path(work_dir).glob('*.pth') if not p.is_symlink() and not p.name.startswith(('.', 'best_'))] if Path(work_dir).is_dir() else []
-    far = [(n, p.stat().st_mtime, p) for p in files if (n := position(p)) is not None]
-    return max(far)[2] if far else None
+    files = [p for p in Path(work_dir).glob('*.pth') if not p.is_symlink() and p.stat().st_mtime >= since]
+    whole = [(at, p) for p in files if not p.name.startswith(('.', 'best_')) and (at := position(p)) is not None]
+    return max(whole)[1] if whole else None
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #806afeaf
 def link_latest(

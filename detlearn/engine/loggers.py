@@ -48,7 +48,7 @@ def record(
     out = dict(mode=mode, epoch=runner.epoch+own, iter=at, lr=runner.optimizer.param_groups[0]['lr'])
     memory = peak_memory(next(runner.model.parameters()).device) if mode == 'train' else None
     if memory is not None: out['memory'] = memory
-    number = lambda v: float(f'{v:.6g}') if isinstance(v, float) else v
+    number = lambda v: float(f'{v:.8g}') if isinstance(v, float) else v
     return out | {k: number(v) for k,v in values.items() if k != 'eval_iter_num'}
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #bfc5f80c
@@ -237,24 +237,38 @@ class TensorboardLoggerHook(LoggerHook):
 class WandbLoggerHook(LoggerHook):
     "Curves for Weights & Biases, kept on this machine unless asked; does nothing where it is not installed."
     def __init__(self,
-        init_kwargs=None, # for `wandb.init`; `mode` is `'offline'` unless it is given
-        commit=True,      # accepted
-        with_step=True,   # number the points by iteration
-        **kwargs,         # of `LoggerHook`
+        init_kwargs=None,   # for `wandb.init`; `mode` is `'offline'` unless it is given
+        commit=True,        # False: points wait for the next commit
+        with_step=True,     # number the points by iteration; False: the number is a value, `global_step`
+        log_artifact=True,  # hand the files of the run over at its end
+        out_suffix=('.log.json', '.log', '.py'), # which files
+        define_metric_cfg=None, # `{'val/bbox_mAP': 'max'}`: what stands for a curve in their table
+        **kwargs,           # of `LoggerHook`
     ):
         super().__init__(**kwargs)
-        self.init_kwargs,self.with_step,self.run = dict(dict(mode='offline'), **(init_kwargs or {})),with_step,None
+        self.init_kwargs,self.with_step,self.commit = dict(dict(mode='offline'), **(init_kwargs or {})),with_step,commit
+        self.log_artifact,self.suffix,self.metrics = log_artifact,out_suffix,define_metric_cfg or {}
+        self.wandb = self.run = None
 
     def before_run(self, runner):
-        "Begin a run of theirs."
+        "Begin a run of theirs; of several processes the first one does."
         super().before_run(runner)
-        wandb = find_package('wandb', 'WandbLoggerHook', 'wandb')
-        if wandb: self.run = wandb.init(dir=str(self.folder) if self.folder else None, **self.init_kwargs)
+        if get_dist_info()[0] == 0: self.wandb = find_package('wandb', type(self).__name__, 'wandb')
+        if self.wandb: self.run = self.wandb.init(dir=str(self.folder) if self.folder else None, **self.init_kwargs)
+        for name,summary in self.metrics.items() if self.run else (): self.run.define_metric(name, summary=summary)
 
     def log(self, runner, rec):
         "One point in each curve."
         values = {f"{rec['mode']}/{k}": v for k,v in rec.items() if isinstance(v, (int, float))}
-        if self.run: self.run.log(values, **(dict(step=runner.iter+1) if self.with_step else {}))
+        step = dict(step=runner.iter+1) if self.with_step else values.update(global_step=runner.iter+1) or {}
+        if self.run: self.run.log(values, commit=self.commit, **step)
+
+    def after_run(self, runner):
+        "The files."
+        if not (self.run and self.log_artifact and self.folder): return
+        files = self.wandb.Artifact('artifacts', type='model')
+        for f in sorted(self.folder.iterdir()): f.name.endswith(tuple(self.suffix)) and files.add_file(str(f))
+        self.run.log_artifact(files)
 
     def close(self, runner):
         "End it."
