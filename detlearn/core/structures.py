@@ -209,10 +209,10 @@ class AssignResult(Movable):
     def add_gt(self,
         gt, # `GroundTruth` that was assigned, `G` slots
     )->'AssignResult': # of `G+P` priors; `extras` are not kept
-        "The same with the objects' own boxes in front: each finds itself, padding and crowds are ignored."
+        "The same with the objects' own boxes in front: padding and crowds are ignored."
+        own = None if gt.labels is None else gt.labels.masked_fill(~gt.real, -1)
         return AssignResult(self.num_gts, in_front(own_codes(gt), self.gt_inds),
-                            in_front(gt.real, self.max_overlaps),
-                            in_front(None if gt.labels is None else gt.labels.masked_fill(~gt.real, -1), self.labels))
+                            in_front(gt.real, self.max_overlaps), in_front(own, self.labels))
 
 # %% ../../nbs/01_core/02_structures.ipynb #fab27ff4
 @dataclass
@@ -223,7 +223,7 @@ class SamplingResult(Movable):
     boxes:Tensor         # `(..., N, 4)` box of the owner, the prior's own box where there is none
     labels:Tensor        # `(..., N)` int64 class of the owner, -1 without one
     weight:Tensor        # `(..., N)` 1 for sampled priors, 0 for the others
-    index:Tensor=None    # `(..., N)` int64, number of the prior (objects first, if they were added); None: all, in order
+    index:Tensor=None    # `(..., N)` int64, number of the prior (added objects first); None: in order
     is_gt:Tensor=None    # `(..., N)` bool, True: an object's own box; None: none is
 
     @property
@@ -253,7 +253,7 @@ class Predictions(Movable):
     "What a head says about each prior, before any decoding."
     scores:Tensor                            # `(B, P, C)` raw class scores (logits)
     deltas:Tensor=None                       # `(B, P, 4)` raw box deltas
-    extras:dict=field(default_factory=dict)  # by name: `boxes` `(B, P, 4)` decoded, `objectness`, `masks`, ...
+    extras:dict=field(default_factory=dict)  # by name: decoded `boxes` `(B, P, 4)`, `objectness`, ...
 
     def extra(self,
         name,     # key of `extras`
@@ -266,9 +266,10 @@ class Predictions(Movable):
 
     @property
     def probabilities(self)->Tensor: # `(B, P, C)` float32 in 0..1, without gradient
-        "Sigmoid of the scores, times that of `objectness`; or `extras['probabilities']`, where a head makes its own."
+        "From scores and `objectness`; or `extras['probabilities']`, where a head makes its own."
         if 'probabilities' in self.extras: return self.extra('probabilities').float()
-        return chance_of(self.scores.detach(), self.extra('objectness') if 'objectness' in self.extras else None)
+        anything = self.extra('objectness') if 'objectness' in self.extras else None
+        return chance_of(self.scores.detach(), anything)
 
 # %% ../../nbs/01_core/02_structures.ipynb #5296d696
 @dataclass

@@ -65,7 +65,7 @@ def take(
 def at_sample(
     preds,       # `Predictions`, `(B, P, ...)`
     sample,      # `SamplingResult`, `(B, N, ...)`
-)->Predictions:  # `(B, N, ...)`, scores and deltas of the sampled priors; all of them where nothing was drawn
+)->Predictions:  # `(B, N, ...)`, of the sampled priors; all of them where nothing was drawn
     "What was predicted for the sampled priors."
     if sample.index is None: return preds
     if sample.is_gt is not None:
@@ -147,10 +147,9 @@ class DenseHead(nn.Module):
         pos_weight=-1,          # see `class_targets`
         init_cfg=dict(type='Normal', layer='Conv2d', std=.01), # start of the weights
     ):
-        super().__init__()
+        super().__init__(); self.bbox_coder = bbox_coder or DeltaXYWHBBoxCoder()
         self.num_classes,self.in_channels,self.feat_channels = num_classes,in_channels,feat_channels
         self.anchor_generator = anchor_generator or AnchorGenerator(STRIDES, [.5, 1., 2.], [8, 16, 32])
-        self.bbox_coder = bbox_coder or DeltaXYWHBBoxCoder()
         self.loss_cls,self.loss_bbox = loss_cls or CrossEntropyLoss(True),loss_bbox or SmoothL1Loss(1/9)
         self.assigner,self.sampler = assigner or MaxIoUAssigner(.5, .4),sampler or PseudoSampler()
         self.postprocess,self.reg_decoded_bbox = postprocess or DensePostprocess(),reg_decoded_bbox
@@ -182,8 +181,8 @@ class DenseHead(nn.Module):
         gt=None,   # `GroundTruth`; its sizes tell which priors take part
     )->Priors:     # of all levels
         "The priors of these maps."
-        sizes = [tuple(f.shape[-2:]) for f in feats]
-        return limit_priors(self.anchor_generator(sizes, feats[0].device), sizes, gt, self.allowed_border)
+        hw = [tuple(f.shape[-2:]) for f in feats]
+        return limit_priors(self.anchor_generator(hw, feats[0].device), hw, gt, self.allowed_border)
 
     def loss(self,
         preds,     # `Predictions`
@@ -213,7 +212,8 @@ class DenseHead(nn.Module):
     )->Detections:     # `(B, K, ...)`, pixels of the network input
         "Scores and deltas to boxes."
         boxes = decoder(self.bbox_coder, priors, preds.deltas, sizes)
-        return self.postprocess(probabilities(preds.scores, self.loss_cls.use_sigmoid), priors.level_sizes, boxes)
+        return self.postprocess(probabilities(preds.scores, self.loss_cls.use_sigmoid),
+                                priors.level_sizes, boxes)
 
     def simple_test(self,
         feats,       # one map a level

@@ -11,9 +11,12 @@ import warnings
 from ..core.registry import DETECTORS, copied, nearest
 
 # %% ../../nbs/12_detectors/01_build.ipynb #4cc84ae3
-TRAIN_KEYS = ('assigner', 'sampler', 'allowed_border', 'pos_weight', 'debug',     # what a dense head's `train_cfg` may hold,
-              'alpha', 'beta', 'initial_assigner', 'initial_epoch')               # the last four with task-aligned heads
-TEST_KEYS = ('nms_pre', 'min_bbox_size', 'score_thr', 'nms', 'max_per_img')   # what its `test_cfg` may hold
+# what a dense head's `train_cfg` may hold,
+TRAIN_KEYS = ('assigner', 'sampler', 'allowed_border', 'pos_weight', 'debug',
+              # the last four with task-aligned heads
+              'alpha', 'beta', 'initial_assigner', 'initial_epoch')
+# what its `test_cfg` may hold
+TEST_KEYS = ('nms_pre', 'min_bbox_size', 'score_thr', 'nms', 'max_per_img')
 
 def check_keys(
     cfg,       # `train_cfg` or `test_cfg`
@@ -36,7 +39,8 @@ def hand_to_dense(
     share = {k: v for k,v in train.items() if k != 'debug'}
     share = fit_sampler(fit_assigner(share), head.get('loss_cls'))
     if test: share['postprocess'] = {'type': 'DensePostprocess', **test}
-    if 'type' not in test: share.get('postprocess', {}).pop('min_bbox_size', None)   # not used by the zoo's dense heads
+    # not used by the zoo's dense heads
+    if 'type' not in test: share.get('postprocess', {}).pop('min_bbox_size', None)
     twice = sorted(set(share) & set(head))
     if twice: raise ValueError(f'{twice} of bbox_head stands in train_cfg or test_cfg, too; keep one')
     return {**head, **share}
@@ -47,8 +51,10 @@ def fit_sampler(
     loss_cls,   # config of its class loss, or None
 )->dict:        # the same, drawing samplers replaced where the loss looks at everything
     "A loss that looks at all priors needs a sampler that takes all."
-    kind,loss = [c.get('type') if isinstance(c, dict) else None for c in (share.get('sampler'), loss_cls)]
-    if kind in (None, 'PseudoSampler') or loss not in ('FocalLoss', 'GHMC', 'QualityFocalLoss'): return share
+    kind,loss = [c.get('type') if isinstance(c, dict) else None
+                 for c in (share.get('sampler'), loss_cls)]
+    if kind in (None, 'PseudoSampler') or loss not in ('FocalLoss', 'GHMC', 'QualityFocalLoss'):
+        return share
     warnings.warn(f'{loss} looks at all priors: as in the zoo, PseudoSampler takes the place of {kind}.')
     return dict(share, sampler=dict(type='PseudoSampler'))
 
@@ -61,13 +67,15 @@ def fit_assigner(
     assigner = share.get('assigner')
     if not powers: return share
     if not isinstance(assigner, dict):
-        raise ValueError(f'train_cfg has {" and ".join(powers)}, exponents of an assigner, but no assigner as a dict: add one')
+        raise ValueError(f'train_cfg has {" and ".join(powers)}, exponents of an assigner, but no '
+                         f'assigner as a dict: add one')
     twice = sorted(set(powers) & set(assigner))
     if twice: raise ValueError(f'{twice} of the assigner stands in train_cfg, too; keep one')
     return {**{k: v for k,v in share.items() if k not in powers}, 'assigner': {**assigner, **powers}}
 
 # %% ../../nbs/12_detectors/01_build.ipynb #e0fe0a8e
-TAKES = dict(bbox_head=hand_to_dense) # key of a model: `f(part, train, test)` gives the part with its share
+# key of a model: `f(part, train, test)` gives the part with its share
+TAKES = dict(bbox_head=hand_to_dense)
 
 def inside_or_beside(
     model:dict, # config of a detector; the setting is taken out
@@ -87,11 +95,12 @@ def hand_out(
 )->dict:             # the config without the two
     "A detector's config with its training and testing settings where they belong."
     model = copied(dict(model))
-    train,test = inside_or_beside(model, 'train_cfg', train_cfg),inside_or_beside(model, 'test_cfg', test_cfg)
+    train = inside_or_beside(model, 'train_cfg', train_cfg)
+    test  = inside_or_beside(model, 'test_cfg', test_cfg)
     takers = [k for k in TAKES if isinstance(model.get(k), dict)]
     if (train or test) and not takers:
-        raise ValueError(f'train_cfg and test_cfg are given, but {model.get("type")} has no part that takes them '
-                         f'({", ".join(TAKES)}, as a dict)')
+        raise ValueError(f'train_cfg and test_cfg are given, but {model.get("type")} has no part that '
+                         f'takes them ({", ".join(TAKES)}, as a dict)')
     for k in takers: model[k] = TAKES[k](model[k], train, test)
     return model
 

@@ -43,7 +43,7 @@ def run_watched(
     module:nn.Module, # any network of images
     images:Tensor,    # `(B, 3, H, W)`
     run=None,         # how it is called, default: `module(images)`
-)->tuple:             # what it returns; name: map of every part that gives one, in the order of the calls
+)->tuple:             # what it returns; name: map of every part that gives one, as called
     "One pass, with everything seen on the way."
     maps,names = {},{m: n for n,m in module.named_modules()}
     def seen(m, _, out): maps.update(maps_in(names[m] or 'out', out))
@@ -54,12 +54,13 @@ def run_watched(
 def feature_maps(
     module:nn.Module, # any network of images
     image:Tensor,     # `(3, H, W)`, normalised
-    names=None,       # parts, or `part.0` for the first map of a part with several; default: the stages, one after the other
+    names=None,       # parts, or `part.0` for the first of several maps; default: the stages
 )->dict:              # name: map `(C, h, w)`
     "What stands on the map of each stage or level."
     with torch.no_grad(): _,maps = run_watched(module, image[None])
     if names is None:
-        levels = lambda s: [s] if s in maps else [n for n in maps if n.rpartition('.')[0] == s and n.rpartition('.')[2].isdigit()]
+        levels = lambda s: [s] if s in maps else [n for n in maps if n.rpartition('.')[0] == s
+                                                  and n.rpartition('.')[2].isdigit()]
         names = [n for s in stages_of(module) for n in levels(s)]
     return {n: map_named(maps, n)[0] for n in names}
 
@@ -68,7 +69,9 @@ def map_named(
     name:str,  # one of them
 )->Tensor:     # `(B, C, h, w)`
     "The map of a level, or a sentence."
-    if name not in maps: raise ValueError(f'no map {name!r}{nearest(name, maps)}; a part that gives several maps is asked for as part.0, part.1, ...')
+    if name not in maps:
+        raise ValueError(f'no map {name!r}{nearest(name, maps)}; a part that gives several maps is '
+                         f'asked for as part.0, part.1, ...')
     return maps[name]
 
 # %% ../../nbs/12_detectors/02_levels.ipynb #894d859d
@@ -80,13 +83,14 @@ def check_cell(
     "A cell of the map, or a sentence."
     h,w = map_named(maps, level).shape[-2:]
     y,x = cell or (h//2, w//2)
-    if not (0 <= y < h and 0 <= x < w): raise ValueError(f'cell {(y, x)} is not on the map {level}, which has {h} rows and {w} columns')
+    if not (0 <= y < h and 0 <= x < w):
+        raise ValueError(f'cell {(y, x)} is not on the map {level}, which has {h} rows and {w} columns')
     return y,x
 
 def gradient_of(
     module:nn.Module, # any network of images
     image:Tensor,     # `(3, H, W)`, normalised
-    at,               # `(level, cell)`, `(level, cell, channel)`, or a function of what the module returns, giving a scalar
+    at,               # `(level, cell)`, `(level, cell, channel)`, or `f(what comes out)`, a scalar
     run=None,         # how the module is called, default: `module(images)`
 )->Tensor:            # `(3, H, W)`
     "How a value changes with each pixel: a cell (its sum over channels), one channel of it, or a score."
@@ -150,11 +154,13 @@ def span_before(
 )->tuple:  # `(lo, hi)` cells of the input
     "Which inputs some outputs are made of, along one axis."
     lo,hi = span
-    if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)): return lo*n_in//n_out,-(-hi*n_in//n_out)
+    if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+        return lo*n_in//n_out,-(-hi*n_in//n_out)
     pick = lambda v: v if isinstance(v, int) else v[axis]
     kernel,stride,padding = map(pick, (layer.kernel_size, layer.stride, layer.padding))
     dilation = pick(getattr(layer, 'dilation', 1))
-    if isinstance(layer, Conv2dAdaptivePadding): padding = same_padding(n_in, kernel, stride, dilation)[0]
+    if isinstance(layer, Conv2dAdaptivePadding):
+        padding = same_padding(n_in, kernel, stride, dilation)[0]
     return max(lo*stride - padding, 0),min((hi-1)*stride - padding + (kernel-1)*dilation + 1, n_in)
 
 # %% ../../nbs/12_detectors/02_levels.ipynb #3807c749
@@ -174,7 +180,8 @@ def computed_field(
             (*_,h,w),(*_,h_out,w_out) = t.nodes[source][1],t.nodes[node][1]
             sizes,layer = ((h, h_out), (w, w_out)),layers.get(node.rstrip("'"))
             spans = [span_before(s, layer, i, *sizes[i]) for i,s in enumerate(need[node])]
-            need[source] = [(min(a[0], b[0]), max(a[1], b[1])) for a,b in zip(spans, need.get(source, spans))]
+            need[source] = [(min(a[0], b[0]), max(a[1], b[1]))
+                            for a,b in zip(spans, need.get(source, spans))]
     (y1,y2),(x1,x2) = need['input 0']
     return torch.tensor([x1, y1, x2, y2], dtype=torch.float32)
 
@@ -206,7 +213,8 @@ def receptive_field(
     y,x = cell or (h//2, w//2)
     energy = energy_at(module, image, level, (y, x), probes)
     centre = (x+.5)*image.shape[2]/w,(y+.5)*image.shape[1]/h
-    return Field(level, image.shape[1]/h, (y, x), computed_field(module, image, level, (y, x)), extent_box(energy),
+    return Field(level, image.shape[1]/h, (y, x), computed_field(module, image, level, (y, x)),
+                 extent_box(energy),
                  core_box(energy, centre, share), energy)
 
 # %% ../../nbs/12_detectors/02_levels.ipynb #286ed9e2

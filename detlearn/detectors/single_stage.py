@@ -17,7 +17,8 @@ def parse_losses(
     losses:dict, # names and tensors, or lists of tensors (one a level)
 )->tuple:        # 0-d total, `{name: detached 0-d tensor}` with the total as `'loss'`
     "The total, and what to log."
-    log = {k: sum(x.mean() for x in v) if isinstance(v, (list, tuple)) else v.mean() for k,v in losses.items()}
+    log = {k: sum(x.mean() for x in v) if isinstance(v, (list, tuple)) else v.mean()
+           for k,v in losses.items()}
     total = sum(v for k,v in log.items() if 'loss' in k)
     return total,{k: v.detach() for k,v in dict(log, loss=total).items()}
 
@@ -35,9 +36,12 @@ class SingleStageDetector(nn.Module):
         init_cfg=None,   # `dict(type='Pretrained', ...)` for the whole detector
     ):
         super().__init__()
-        if train_cfg or test_cfg: raise ValueError('train_cfg and test_cfg are handed out by build_detector; give assigner, sampler and postprocess to the head')
+        if train_cfg or test_cfg:
+            raise ValueError('train_cfg and test_cfg are handed out by build_detector; give assigner, '
+                             'sampler and postprocess to the head')
         self.backbone,self.bbox_head,self.init_cfg = backbone,bbox_head,init_cfg
-        if neck is not None: self.neck = nn.Sequential(*neck) if isinstance(neck, (list, tuple)) else neck
+        if neck is not None:
+            self.neck = nn.Sequential(*neck) if isinstance(neck, (list, tuple)) else neck
         if pretrained: backbone.init_cfg = dict(type='Pretrained', checkpoint=pretrained)
 
     def init_weights(self)->dict: # reports by part
@@ -70,8 +74,8 @@ class SingleStageDetector(nn.Module):
         gt,      # `GroundTruth` of the batch
     )->tuple:    # losses by name, `Detections`
         "Both from one pass through the backbone: for validation."
-        feats = self.extract_feat(images)
-        return self.bbox_head.forward_train(feats, gt),self.bbox_head.simple_test(feats, image_sizes(images, gt.sizes))
+        feats,sizes = self.extract_feat(images),image_sizes(images, gt.sizes)
+        return self.bbox_head.forward_train(feats, gt),self.bbox_head.simple_test(feats, sizes)
 
     def forward(self,
         images,    # `(B, 3, H, W)`

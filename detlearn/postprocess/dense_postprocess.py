@@ -19,7 +19,8 @@ def first_best(
     k:int,         # at most `N`
 )->tuple:          # `(..., k)` scores, best first; `(..., k)` int64 positions
     "Like `topk`, but among equals the first comes first, on any device."
-    rank = scores.float().contiguous().view(torch.int32).long()       # bits of floats >= 0 sort like the floats
+    # bits of floats >= 0 sort like the floats
+    rank = scores.float().contiguous().view(torch.int32).long()
     key = rank*2**32 - torch.arange(scores.shape[-1], device=scores.device)
     order = key.topk(k, -1).indices
     return scores.gather(-1, order),order
@@ -62,11 +63,13 @@ def pack_best(
 )->Detections:     # `(B, K, ...)`
     "The best of each image, best first, padded to a fixed number."
     short = max(K - scores.shape[1], 0)
-    boxes,scores,labels = F.pad(boxes, (0, 0, 0, short)),F.pad(scores, (0, short), value=-1.),F.pad(labels, (0, short))
+    boxes,labels = F.pad(boxes, (0, 0, 0, short)),F.pad(labels, (0, short))
+    scores = F.pad(scores, (0, short), value=-1.)
     best,order = first_best(scores, K if K >= 0 else scores.shape[1])
     valid = best >= 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    return Detections(boxes.masked_fill(~valid[..., None], 0), best.masked_fill(~valid, 0), labels.gather(1, order).masked_fill(~valid, -1), valid)
+    return Detections(boxes.masked_fill(~valid[..., None], 0), best.masked_fill(~valid, 0),
+                      labels.gather(1, order).masked_fill(~valid, -1), valid)
 
 # %% ../../nbs/08_postprocess/02_dense_postprocess.ipynb #d454e95b
 def set_aside(
@@ -82,7 +85,7 @@ def set_aside(
 # %% ../../nbs/08_postprocess/02_dense_postprocess.ipynb #eae3e63d
 @POSTPROCESS.register_module()
 class DensePostprocess:
-    "From the scores of a dense head to detections: threshold, best of each level, NMS, best of each image."
+    "From scores to detections: threshold, best of each level, NMS, best of each image."
     def __init__(self,
         nms_pre:int=1000,     # pairs of prior and class kept of each level; 0 or less: all
         min_bbox_size=-1,     # pixels; only wider and higher boxes; negative: all
@@ -90,8 +93,8 @@ class DensePostprocess:
         nms=dict(type='nms', iou_threshold=.5), # see `batched_nms`; None: no NMS
         max_per_img:int=100,  # rows of the result; -1: as many as there are candidates
     ):
-        self.nms_pre,self.min_bbox_size,self.score_thr,self.max_per_img = nms_pre,min_bbox_size,score_thr,max_per_img
-        self.nms = None if nms is None else dict(nms)
+        self.nms_pre,self.min_bbox_size,self.score_thr = nms_pre,min_bbox_size,score_thr
+        self.max_per_img,self.nms = max_per_img,None if nms is None else dict(nms)
         self.kind,self.settings,self.agnostic,self.max_num = nms_settings(nms)
 
     def __call__(self,
@@ -102,15 +105,18 @@ class DensePostprocess:
     )->Detections:      # `(B, max_per_img, ...)`
         "All images and classes in one NMS, where the host waits; nowhere else."
         C,scores = scores.shape[-1],scores.float()
-        best,prior,label = best_of_levels(scores.where(scores > self.score_thr, -1), level_sizes, self.nms_pre)
+        best,prior,label = best_of_levels(scores.where(scores > self.score_thr, -1), level_sizes,
+                                          self.nms_pre)
         boxes = boxes_of(prior).float()                                       # (B, N, 4)
         use = (best >= 0) & boxes.isfinite().all(-1)
-        if self.min_bbox_size >= 0: use = use & ((boxes[..., 2:] - boxes[..., :2]) > self.min_bbox_size).all(-1)
+        if self.min_bbox_size >= 0:
+            use = use & ((boxes[..., 2:] - boxes[..., :2]) > self.min_bbox_size).all(-1)
         if factors is not None: best = best * factors.gather(1, prior)
         image = torch.arange(len(best), device=best.device)[:, None]
         group = image.expand_as(label) if self.agnostic else image*C + label
         apart = set_aside(boxes.flatten(0, 1), group.flatten(), use.flatten(), len(best)*C)
-        left = survive(apart[0], best.masked_fill(~use, -1).flatten(), apart[1], self.kind, **self.settings)
+        left = survive(apart[0], best.masked_fill(~use, -1).flatten(), apart[1], self.kind,
+                       **self.settings)
         left = left.view_as(best).masked_fill(~use, -1)
         limits = [n for n in (self.max_per_img, self.max_num) if n > 0]
         return pack_best(boxes, left, label, min(limits) if limits else -1)

@@ -34,7 +34,8 @@ def fast_nms(
     scores,index = scores[:, :top_k],index[:, :top_k]
     boxes = multi_bboxes[index]                                                        # (C, top_k, 4)
     keep = (worst_rival(boxes) <= iou_thr) & (scores > score_thr)
-    label,place = keep.nonzero(as_tuple=True)                                          # the host waits, once
+    # the host waits, once
+    label,place = keep.nonzero(as_tuple=True)
     best,order = scores[label, place].sort(descending=True, stable=True)
     if max_num > 0: best,order = best[:max_num],order[:max_num]
     label,place = label[order],place[order]
@@ -44,15 +45,16 @@ def fast_nms(
 def nms_match(
     dets:Tensor,         # `(N, 5)` xyxy and score
     iou_threshold:float, # more overlap silences
-)->list:                 # `(n_i,)` int64 numbers of each group, best group first, the kept box first in its group
+)->list:                 # `(n_i,)` int64 numbers of each group, best group first, its kept box first
     "Groups of boxes that plain NMS makes one of."
     if not len(dets): return []
     boxes,scores = dets[:, :4],dets[:, 4]
     keep = torchvision.ops.nms(boxes, scores, iou_threshold)                  # best first
     hears = box_iou(boxes[keep], boxes) > iou_threshold                       # (K, N)
-    hears[torch.arange(len(keep), device=keep.device), keep] = True           # a flat box hears itself, too
-    group = hears.int().argmax(0)                                             # the best kept box that it hears
-    group[keep] = torch.arange(len(keep), device=keep.device)
+    first = torch.arange(len(keep), device=keep.device)
+    hears[first, keep] = True                                        # a flat box hears itself, too
+    group = hears.int().argmax(0)                                    # the best kept one it hears
+    group[keep] = first
     by_score = scores.argsort(descending=True, stable=True)
     by_group = by_score[group[by_score].argsort(stable=True)]
     return list(by_group.split(torch.bincount(group, minlength=len(keep)).tolist()))

@@ -27,7 +27,8 @@ def matrix_decay(
     sigma=2.,         # strength of the gaussian
 )->Tensor:            # `(..., N)` factor of each score
     "What all better ones leave of each score, nothing waits for the host."
-    if kernel not in ('gaussian', 'linear'): raise ValueError(f"matrix NMS has no kernel {kernel!r}: choose 'gaussian' or 'linear'.")
+    if kernel not in ('gaussian', 'linear'):
+        raise ValueError(f"matrix NMS has no kernel {kernel!r}: choose 'gaussian' or 'linear'.")
     iou = (iou*same).triu(1)
     covered = iou.amax(-2)[..., :, None]                                   # of the one who speaks
     if kernel == 'linear': return ((1-iou)/(1-covered).clamp(min=1e-6)).amin(-2)
@@ -47,7 +48,8 @@ def mask_matrix_nms(
 )->tuple:             # scores `(K,)`, labels `(K,)`, masks `(K, H, W)`, numbers `(K,)`, best first
     "Lower the scores of overlapping masks of one class (Wang et al., 2020)."
     if not len(labels) == len(masks) == len(scores):
-        raise ValueError(f'{len(masks)} masks, {len(labels)} labels and {len(scores)} scores: give one of each.')
+        raise ValueError(f'{len(masks)} masks, {len(labels)} labels and {len(scores)} scores: give one '
+                         f'of each.')
     keep = scores.argsort(descending=True, stable=True)
     if nms_pre > 0: keep = keep[:nms_pre]
     if not len(keep): return scores[keep],labels[keep],masks[keep],keep

@@ -41,8 +41,10 @@ def merge_aug_proposals(
 )->Tensor:         # `(K, 5)` pixels of the photo, best first
     "All looks in one NMS."
     cfg = dict(cfg)
-    limit,nms = cfg.get('max_per_img', cfg.get('max_num', -1)),dict(cfg.get('nms') or dict(type='nms', iou_threshold=cfg.get('nms_thr')))
-    if nms.get('iou_threshold') is None: raise ValueError("merging proposals needs nms=dict(type='nms', iou_threshold=...) in its config")
+    limit = cfg.get('max_per_img', cfg.get('max_num', -1))
+    nms = dict(cfg.get('nms') or dict(type='nms', iou_threshold=cfg.get('nms_thr')))
+    if nms.get('iou_threshold') is None:
+        raise ValueError("merging proposals needs nms=dict(type='nms', iou_threshold=...) in its config")
     everyone = []
     for rows,meta in zip(aug_proposals, img_metas):
         at = {k: meta[k] for k in ('img_shape', 'scale_factor', 'flip', 'flip_direction')}

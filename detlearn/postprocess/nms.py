@@ -36,7 +36,9 @@ def decay(
     sigma:float,      # width of the gaussian
 )->Tensor:            # `(..., N)` factor of the score
     "How much a neighbour's score is lowered (Bodla et al., 2017)."
-    if method not in SOFT: raise ValueError(f'soft_nms has no method {method!r}{nearest(method, SOFT)}: choose one of {", ".join(SOFT)}')
+    if method not in SOFT:
+        raise ValueError(f'soft_nms has no method {method!r}{nearest(method, SOFT)}: choose one of '
+                         f'{", ".join(SOFT)}')
     if method == 'gaussian': return torch.exp(-overlap**2/sigma)
     return torch.where(overlap >= iou_threshold, 1-overlap if method == 'linear' else 0., 1.)
 
@@ -53,7 +55,8 @@ def soften(
     alive,final = scores,torch.full_like(scores, -1)
     for _ in range(scores.shape[-1]):
         best,i = alive.max(-1, keepdim=True)
-        kept = torch.where(best >= min_score, best, final.gather(-1, i))          # an empty row changes nothing
+        # an empty row changes nothing
+        kept = torch.where(best >= min_score, best, final.gather(-1, i))
         final = final.scatter(-1, i, kept)
         it = boxes.gather(-2, i[..., None].expand(*i.shape, 4))                   # (..., 1, 4)
         factor = decay(box_iou(it, boxes)[..., 0, :].to(alive.dtype), method, iou_threshold, sigma)
@@ -74,7 +77,8 @@ def group_table(
     return row[back],column[back],rows,columns
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #81e539c8
-KEYS = dict(nms=('iou_threshold', 'offset', 'score_threshold'), soft_nms=('iou_threshold', 'sigma', 'min_score', 'method', 'offset'))
+KEYS = dict(nms=('iou_threshold', 'offset', 'score_threshold'),
+            soft_nms=('iou_threshold', 'sigma', 'min_score', 'method', 'offset'))
 
 def nms_settings(
     nms_cfg, # `dict(type='nms' or 'soft_nms', iou_threshold=, ...)`, or None
@@ -82,14 +86,19 @@ def nms_settings(
     "The zoo's `nms` dict, taken apart and checked."
     cfg = dict(nms_cfg or dict(type=None))
     kind,agnostic,max_num = cfg.pop('type', 'nms'),cfg.pop('class_agnostic', None),cfg.pop('max_num', -1)
-    cfg.pop('split_thr', None)                   # where the zoo starts to loop over classes: not needed here
+    # where the zoo starts to loop over classes: not needed here
+    cfg.pop('split_thr', None)
     if kind is None: return kind,cfg,agnostic,max_num
-    if kind not in KEYS: raise ValueError(f"there is no NMS of type {kind!r}{nearest(kind, KEYS)}: choose 'nms' or 'soft_nms'")
+    if kind not in KEYS:
+        raise ValueError(f"there is no NMS of type {kind!r}{nearest(kind, KEYS)}: choose 'nms' or "
+                         f"'soft_nms'")
     if 'iou_thr' in cfg:
-        warnings.warn('iou_thr in an NMS config is the old name of iou_threshold'); cfg['iou_threshold'] = cfg.pop('iou_thr')
+        warnings.warn('iou_thr in an NMS config is the old name of iou_threshold')
+        cfg['iou_threshold'] = cfg.pop('iou_thr')
     for k in cfg:
         if k not in KEYS[kind]: raise ValueError(f'{kind} has no setting {k!r}{nearest(k, KEYS[kind])}')
-    if kind == 'nms' and 'iou_threshold' not in cfg: raise ValueError("nms needs an iou_threshold, as in dict(type='nms', iou_threshold=0.5)")
+    if kind == 'nms' and 'iou_threshold' not in cfg:
+        raise ValueError("nms needs an iou_threshold, as in dict(type='nms', iou_threshold=0.5)")
     return kind,cfg,agnostic,max_num
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #f83fcfc6
@@ -148,7 +157,8 @@ def nms(
     max_num:int=-1,     # at most so many; 0 or less: all
 )->tuple:               # `(K, 5)` boxes with scores, best first; `(K,)` int64 numbers
     "Plain NMS of one group."
-    return best_first(boxes, survive(boxes, scores, None, 'nms', iou_threshold, offset, score_threshold), max_num)
+    return best_first(boxes, survive(boxes, scores, None, 'nms', iou_threshold, offset, score_threshold),
+                      max_num)
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #1dd0233f
 def soft_nms(
@@ -160,7 +170,8 @@ def soft_nms(
     method='linear',  # see `decay`
 )->tuple:             # `(K,)` lowered scores, best first; `(K,)` int64 numbers
     "Soft-NMS of one group."
-    dets,keep = best_first(boxes, survive(boxes, scores, None, 'soft_nms', iou_threshold, sigma=sigma, min_score=min_score, method=method))
+    dets,keep = best_first(boxes, survive(boxes, scores, None, 'soft_nms', iou_threshold, sigma=sigma,
+                                          min_score=min_score, method=method))
     return dets[:, 4],keep
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #74b87512
@@ -168,13 +179,14 @@ def batched_nms(
     boxes:Tensor,   # `(N, 4)` xyxy
     scores:Tensor,  # `(N,)`
     idxs:Tensor,    # `(N,)` int64 class or group
-    nms_cfg,        # see `nms_settings`; also `class_agnostic`, which overrules the next, and `max_num`. None: sort only
+    nms_cfg,        # see `nms_settings`; its `class_agnostic` overrules the next. None: sort only
     class_agnostic:bool=False, # groups silence each other
 )->tuple:           # `(K, 5)` boxes with scores, best first; `(K,)` int64 numbers
     "NMS within each group, all groups in one call."
     kind,settings,agnostic,max_num = nms_settings(nms_cfg)
     agnostic = class_agnostic if agnostic is None else agnostic
-    return best_first(boxes, survive(boxes, scores, None if agnostic else idxs, kind, **settings), max_num)
+    return best_first(boxes, survive(boxes, scores, None if agnostic else idxs, kind, **settings),
+                      max_num)
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #637697fb
 def multiclass_nms(
