@@ -1,5 +1,5 @@
 """The rules of the house, measured on the notebooks and the exported package."""
-import ast, configparser, json, re, statistics
+import ast, configparser, io, json, re, statistics, tokenize
 from pathlib import Path
 import pytest
 
@@ -99,6 +99,41 @@ def test_public_names(page):
         for f in functions:
             if f.name.startswith('_') and f.name != '__init__': continue
             assert f.name == '__init__' or ast.get_docstring(f), f'{page.name}: {n.name}.{f.name} has no docstring'
+
+
+NOT_YET = '02_data/', '03_layers/08_summary', '14_engine/'  # pages whose docments are still to be written
+
+
+def own_nodes(f):
+    "What belongs to a function itself, not to a function or class inside it."
+    for n in ast.iter_child_nodes(f):
+        if not isinstance(n, (ast.FunctionDef, ast.Lambda, ast.ClassDef)): yield n; yield from own_nodes(n)
+
+
+def untold(source):
+    "What an exported cell does not say: for public functions and methods and for `__init__`, not for what is inside of them."
+    told = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    wanted = lambda name: name == '__init__' or not name.startswith('_')
+    for n in ast.parse(source).body:
+        if n.__class__ not in (ast.FunctionDef, ast.ClassDef) or n.name.startswith('_'): continue
+        for f in [n] if isinstance(n, ast.FunctionDef) else [m for m in n.body if isinstance(m, ast.FunctionDef) and wanted(m.name)]:
+            name, a = f.name if f is n else f'{n.name}.{f.name}', f.args
+            plain = a.posonlyargs + a.args
+            default = dict(zip(reversed(plain), reversed(a.defaults))) | {k: d for k, d in zip(a.kwonlyargs, a.kw_defaults) if d}
+            for p in plain + a.kwonlyargs:
+                lines = range(p.lineno, default.get(p, p).end_lineno+1)
+                if p.arg not in ('self', 'cls') and not told & set(lines): yield f'{name}: no comment at the parameter {p.arg}'
+            if '\n' in (ast.get_docstring(f) or ''): yield f'{name}: more than one line of docstring'
+            if f.name == '__init__' or not any(isinstance(x, (ast.Yield, ast.YieldFrom)) or isinstance(x, ast.Return) and x.value for x in own_nodes(f)): continue
+            if not f.returns: yield f'{name}: no annotation of what is returned'
+            elif f.returns.end_lineno not in told: yield f'{name}: no comment at what is returned'
+
+
+@one_each
+def test_docments(page):
+    if page.name.startswith(NOT_YET): pytest.skip('to be written')
+    found = [x for s in page.exported for x in untold(s)]
+    assert not found, f'{page.name}: {found}'
 
 
 def test_links_lead_somewhere():

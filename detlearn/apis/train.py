@@ -92,7 +92,7 @@ def default_device()->torch.device: # the accelerator, or the CPU
 # %% ../../nbs/15_apis/01_train.ipynb #d4da8c39
 def own_device(
     device=None, # None: `default_device`; several processes: a kind alone, such as `'cuda'`
-)->torch.device:
+)->torch.device: # of several, the one with the process's own number
     "Where this process works."
     device = torch.device(default_device() if device is None else device)
     if get_dist_info()[1] == 1 or device.type == 'cpu': return device
@@ -211,7 +211,7 @@ def restarted(
 # %% ../../nbs/15_apis/01_train.ipynb #516ef30e
 def where_to_resume(
     cfg,  # `resume_from`, `auto_resume` (with `work_dir`)
-):        # path of a checkpoint, or None; the same in all processes
+)->object: # path of a checkpoint, or None; the same in all processes
     "What the config says; a run that was started again goes on with its own last checkpoint."
     own,folder = None,cfg.get('work_dir')
     if get_dist_info()[0] == 0 and (began := restarted(folder)): own = find_latest(folder, began)
@@ -225,7 +225,9 @@ def begin_from(
 ):
     "Go on from a checkpoint, or start from its weights, or from nothing."
     path = where_to_resume(cfg)
-    if path: return runner.resume(path)
+    if path:
+        runner.resume(path)
+        return
     if cfg.get('load_from'): runner.load_checkpoint(cfg['load_from'])
     if cfg.get('auto_resume'): runner.say(f"nothing to resume in {cfg['work_dir']}: training begins at the beginning.")
     old = find_latest(cfg['work_dir']) if cfg.get('work_dir') else None

@@ -8,7 +8,7 @@ __all__ = ['PLAIN', 'EDGE', 'LITE', 'SCALES', 'LITE_SCALES', 'InvertedResidual',
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #6bd49b20
 import math, re
-from torch import nn
+from torch import nn, Tensor
 import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES, nearest
 from ..layers.conv_module import ConvModule
@@ -46,7 +46,7 @@ class InvertedResidual(nn.Module):
 
     def residual(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "The inside, plus the input where shapes agree."
         y = x
         for name in ('expand_conv', 'depthwise_conv', 'se', 'linear_conv'):
@@ -55,7 +55,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H/stride, W/stride)`
+    )->Tensor: # `(B, C_out, H/stride, W/stride)`
         "The block, with its memory saved if wanted."
         return cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad else self.residual(x)
 
@@ -85,7 +85,7 @@ class EdgeResidual(nn.Module):
 
     def residual(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H', W')`
+    )->Tensor: # `(B, C_out, H', W')`
         "The inside, plus the input where shapes agree."
         y = self.conv1(x)
         y = self.conv2(self.se(y) if hasattr(self, 'se') else y)
@@ -93,7 +93,7 @@ class EdgeResidual(nn.Module):
 
     def forward(self,
         x, # `(B, C_in, H, W)`
-    ):     # `(B, C_out, H/stride, W/stride)`
+    )->Tensor: # `(B, C_out, H/stride, W/stride)`
         "The block, with its memory saved if wanted."
         return cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad else self.residual(x)
 
@@ -141,7 +141,7 @@ def make_block(
     in_channels,  # channels that come in
     act_cfg,      # recipe of the activations, the squeeze's too
     **kwargs,     # for the block
-)->nn.Module:
+)->nn.Module:     # `EdgeResidual` or `InvertedResidual`
     "One block of either kind."
     kind,kernel,squeeze,stride,expand,channels = spec
     mid = in_channels*expand
@@ -280,13 +280,13 @@ class ImageClassifier(nn.Module):
 
     def forward(self,
         images, # `(B, 3, H, W)`, normalised
-    ):          # `(B, num_classes)` scores
+    )->Tensor:  # `(B, num_classes)` scores
         "One score a class."
         return self.fc(self.backbone(images)[-1].mean((2, 3)))
 
     def load(self,
         state:dict, # weights of backbone and classifier
-    ):              # itself
+    )->'ImageClassifier': # itself
         "Fill both parts, strictly."
         state = self.backbone.map_weights(state) if hasattr(self.backbone, 'map_weights') else state
         load_state(self, {k if k[:3] == 'fc.' else f'backbone.{k}': v for k,v in state.items()}, strict=True)
