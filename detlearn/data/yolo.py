@@ -20,11 +20,16 @@ def shares_of(
 )->list:          # numbers
     "The numbers of a line: four, or an outline."
     try: v = [float(w) for w in words]
-    except ValueError: raise AnnotationError(f'{place}: {" ".join(words)!r:.40} holds a word, expected numbers.') from None
+    except ValueError:
+        text = ' '.join(words)
+        raise AnnotationError(f'{place}: {text!r:.40} holds a word, expected numbers.') from None
     if len(v) != 4 and (len(v) < 6 or len(v) % 2):
-        raise AnnotationError(f'{place}: {len(v)} numbers after the class, expected 4 (cx cy width height), or 6, 8, ... (an outline).')
+        raise AnnotationError(f'{place}: {len(v)} numbers after the class, expected 4 (cx cy width '
+                              f'height), or 6, 8, ... (an outline).')
     bad = next((x for x in v if not -1 <= x <= 2), None)
-    if bad is not None: raise AnnotationError(f'{place}: {bad} is no share of a photo; expected 0 to 1. Are these pixels?')
+    if bad is not None:
+        raise AnnotationError(f'{place}: {bad} is no share of a photo; expected 0 to 1. Are these '
+                              f'pixels?')
     return v
 
 # %% ../../nbs/02_data/03_yolo.ipynb #5d51c99f
@@ -35,8 +40,11 @@ def read_line(
 )->dict:          # label, box `(cx, cy, w, h)` or outline `(x, y, ...)`, as shares
     "One object."
     first,*rest = line.split()
-    if not first.isascii() or not first.isdigit() or len(first) > 9: raise AnnotationError(f'{place}: the class is {first!r:.40}, expected a number from 0.')
-    if int(first) >= classes: raise AnnotationError(f'{place}: the class is {first}, and there are {classes}, from 0 to {classes-1}.')
+    if not first.isascii() or not first.isdigit() or len(first) > 9:
+        raise AnnotationError(f'{place}: the class is {first!r:.40}, expected a number from 0.')
+    if int(first) >= classes:
+        raise AnnotationError(f'{place}: the class is {first}, and there are {classes}, from 0 to '
+                              f'{classes-1}.')
     return dict(label=int(first), shares=shares_of(rest, place))
 
 # %% ../../nbs/02_data/03_yolo.ipynb #82fdba8a
@@ -48,7 +56,9 @@ def read_labels(
     path = Path(path)
     if not path.is_file(): return []
     try: lines = path.read_bytes().decode().splitlines()
-    except UnicodeDecodeError as e: raise AnnotationError(f'{path}: byte {e.start} is not UTF-8 text; is this a label file?') from None
+    except UnicodeDecodeError as e:
+        problem = f'byte {e.start} is not UTF-8 text; is this a label file?'
+        raise AnnotationError(f'{path}: {problem}') from None
     return [read_line(l, classes, f'{path}:{i}') for i,l in enumerate(lines, 1) if l.strip()]
 
 # %% ../../nbs/02_data/03_yolo.ipynb #8f3d3e58
@@ -65,7 +75,8 @@ def to_annotation(
         return dict(bbox=[cx-w/2, cy-h/2, w, h], area=w*h, category_id=found['label']+1)
     x,y = scaled[::2],scaled[1::2]
     area = abs(sum(x[i-1]*y[i] - x[i]*y[i-1] for i in range(len(x))))/2   # shoelace
-    return dict(bbox=[min(x), min(y), max(x)-min(x), max(y)-min(y)], area=area, category_id=found['label']+1, segmentation=[scaled])
+    return dict(bbox=[min(x), min(y), max(x)-min(x), max(y)-min(y)], area=area,
+                category_id=found['label']+1, segmentation=[scaled])
 
 # %% ../../nbs/02_data/03_yolo.ipynb #53a54ee8
 def class_names(
@@ -75,12 +86,17 @@ def class_names(
     "The names of the classes, checked."
     names = spec.get('names')
     if isinstance(names, dict):
-        if sorted(map(str, names)) != sorted(map(str, range(len(names)))): raise AnnotationError(f'{path}: names has the keys {list(names)[:9]}, expected 0 to {len(names)-1}, none left out.')
+        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+            raise AnnotationError(f'{path}: names has the keys {list(names)[:9]}, expected 0 to '
+                                  f'{len(names)-1}, none left out.')
         names = [names[k] for k in sorted(names, key=lambda k: int(k))]
-    if not isinstance(names, list) or not names: raise AnnotationError(f'{path}: names is {names!r:.40}, expected the names of the classes.')
+    if not isinstance(names, list) or not names:
+        raise AnnotationError(f'{path}: names is {names!r:.40}, expected the names of the classes.')
     names = [str(n) for n in names]
-    if 'nc' in spec and spec['nc'] != len(names): raise AnnotationError(f'{path}: nc is {spec["nc"]!r:.20}, but there are {len(names)} names.')
-    if len(set(names)) < len(names): raise AnnotationError(f'{path}: names holds a class twice: {names}.')
+    if 'nc' in spec and spec['nc'] != len(names):
+        raise AnnotationError(f'{path}: nc is {spec["nc"]!r:.20}, but there are {len(names)} names.')
+    if len(set(names)) < len(names):
+        raise AnnotationError(f'{path}: names holds a class twice: {names}.')
     return tuple(names)
 
 # %% ../../nbs/02_data/03_yolo.ipynb #7adec7f4
@@ -93,8 +109,10 @@ def read_data_yaml(
     try: spec = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark = getattr(e, 'problem_mark', None)
-        raise AnnotationError(f'{path}{f":{mark.line+1}:{mark.column+1}" if mark else ""}: no yaml: {str(e).splitlines()[0] if str(e) else e!r:.80}.') from None
-    if not isinstance(spec, dict): raise AnnotationError(f'{path}: expected names, train and val, found a {type(spec).__name__}.')
+        raise AnnotationError(f'{path}{f":{mark.line+1}:{mark.column+1}" if mark else ""}: no yaml: '
+                              f'{str(e).splitlines()[0] if str(e) else e!r:.80}.') from None
+    if not isinstance(spec, dict):
+        raise AnnotationError(f'{path}: expected names, train and val, found a {type(spec).__name__}.')
     return dict(spec, names=class_names(spec, path))
 
 # %% ../../nbs/02_data/03_yolo.ipynb #197ec647
@@ -122,7 +140,9 @@ def photos_of(
     "The photos of a split."
     root = Path(path).parent/str(spec.get('path') or '')
     entries = spec.get(split)
-    if not entries or not isinstance(entries, (str, list)): raise AnnotationError(f'{path}: {split} is {entries!r:.40}, expected a folder or a text file with one photo a line.')
+    if not entries or not isinstance(entries, (str, list)):
+        raise AnnotationError(f'{path}: {split} is {entries!r:.40}, expected a folder or a text file '
+                              f'with one photo a line.')
     out = []
     for e in [entries] if isinstance(entries, str) else entries:
         check_name(e, f'{path}: {split}')
@@ -142,7 +162,7 @@ class YOLODataset(CocoDataset):
         ann_file,           # path of the `data.yaml`
         pipeline=(),        # steps: callables, or dicts with `type`
         split:str='train',  # key of the yaml
-        **kwargs,           # of `CocoDataset`: classes, data_root, test_mode, ...; the yaml says where the photos are
+        **kwargs,           # of `CocoDataset`: classes, data_root, ...; the yaml says where photos are
     ):
         self.split = split
         super().__init__(ann_file, pipeline, **kwargs)
@@ -153,12 +173,15 @@ class YOLODataset(CocoDataset):
         "All label files of the split, as COCO's lists."
         spec = read_data_yaml(ann_file)
         photos,root = photos_of(spec, self.split, ann_file)
-        out = dict(images=[], annotations=[], categories=[dict(id=i+1, name=n) for i,n in enumerate(spec['names'])])
+        out = dict(images=[], annotations=[],
+                   categories=[dict(id=i+1, name=n) for i,n in enumerate(spec['names'])])
         for i,photo in enumerate(photos, 1):
             width,height = photo_size(photo)
-            out['images'].append(dict(id=i, file_name=photo.relative_to(root).as_posix(), width=width, height=height))
+            out['images'].append(dict(id=i, file_name=photo.relative_to(root).as_posix(), width=width,
+                                      height=height))
             for found in read_labels(label_file(photo), len(spec['names'])):
-                out['annotations'].append(dict(to_annotation(found, width, height), id=len(out['annotations'])+1, image_id=i))
+                out['annotations'].append(dict(to_annotation(found, width, height),
+                                               id=len(out['annotations'])+1, image_id=i))
         self.img_prefix = str(root)
         return out
 
@@ -178,20 +201,24 @@ def yolo_line(
 # %% ../../nbs/02_data/03_yolo.ipynb #a1f9b3e5
 def write_yolo(
     coco,                # images, annotations, categories; or a data set that has them in `.coco`
-    root,                # folder that gets `labels/SPLIT` and `data.yaml`; photos belong into `images/SPLIT`
+    root,                # folder that gets `data.yaml` and `labels/SPLIT`; photos go to `images/SPLIT`
     split:str='train',   # name of the split
 )->Path:                 # of the yaml
     "A YOLO data set, without the photos."
     coco = getattr(coco, 'coco', coco); root = Path(root)
     label = {c['id']: i for i,c in enumerate(coco['categories'])}
-    lines,sizes = {im['id']: [] for im in coco['images']},{im['id']: (im['width'], im['height']) for im in coco['images']}
+    lines = {im['id']: [] for im in coco['images']}
+    sizes = {im['id']: (im['width'], im['height']) for im in coco['images']}
     crowds = sum(bool(a.get('iscrowd')) for a in coco['annotations'])
     if crowds: print(f'{root}: left out {crowds} crowds, which the format can not mark.')
     for a in coco['annotations']:
-        if not a.get('iscrowd'): lines[a['image_id']].append(yolo_line(a, label[a['category_id']], sizes[a['image_id']]))
+        if not a.get('iscrowd'):
+            lines[a['image_id']].append(yolo_line(a, label[a['category_id']], sizes[a['image_id']]))
     for im in coco['images']:
-        check_name(im['file_name'], f'{root}: file_name'); name = PurePosixPath(im['file_name'].removeprefix(f'images/{split}/'))
-        file = root/'labels'/split/name.with_suffix('.txt'); file.parent.mkdir(parents=True, exist_ok=True)
+        check_name(im['file_name'], f'{root}: file_name')
+        name = PurePosixPath(im['file_name'].removeprefix(f'images/{split}/'))
+        file = root/'labels'/split/name.with_suffix('.txt')
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(''.join(l + '\n' for l in lines[im['id']]))
     out = root/'data.yaml'; spec = yaml.safe_load(out.read_text()) if out.is_file() else {}
     spec.update({'names': [c['name'] for c in coco['categories']], split: f'images/{split}'})
