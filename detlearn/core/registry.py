@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LAYER_SPECS', 'BACKBONES', 'NECKS', 'HEADS', 'DETECTORS', 'ROI_EXTRACTORS', 'SHARED_HEADS', 'LOSSES', 'POSTPROCESS',
            'BBOX_ASSIGNERS', 'BBOX_SAMPLERS', 'BBOX_CODERS', 'IOU_CALCULATORS', 'MATCH_COST', 'PRIOR_GENERATORS',
-           'PLUGIN_LAYERS', 'PIPELINES', 'DATASETS', 'HOOKS', 'RUNNERS', 'OPTIMIZERS', 'ANCHOR_GENERATORS',
-           'spelled_like', 'nearest', 'NotFound', 'settings_of', 'call', 'is_spec', 'copied', 'place_of', 'same_part',
-           'find_in_index', 'Registry', 'add_part', 'left_over', 'renewed', 'find_part', 'unknown_part', 'build_parts']
+           'PLUGIN_LAYERS', 'PIPELINES', 'DATASETS', 'EVALUATORS', 'HOOKS', 'RUNNERS', 'OPTIMIZERS',
+           'ANCHOR_GENERATORS', 'spelled_like', 'nearest', 'NotFound', 'settings_of', 'call', 'is_spec', 'copied',
+           'place_of', 'same_part', 'find_in_index', 'Registry', 'add_part', 'left_over', 'renewed', 'find_part',
+           'unknown_part', 'build_parts']
 
 # %% ../../nbs/01_core/00_registry.ipynb #41a546d0
 import difflib, importlib, inspect, re, sys
@@ -255,6 +256,7 @@ SHARED_HEADS,LOSSES,POSTPROCESS = Registry('shared_head'),Registry('loss'),Regis
 BBOX_ASSIGNERS,BBOX_SAMPLERS = Registry('bbox_assigner'),Registry('bbox_sampler')
 BBOX_CODERS,IOU_CALCULATORS = Registry('bbox_coder'),Registry('iou_calculator')
 MATCH_COST,PRIOR_GENERATORS = Registry('match_cost'),Registry('prior_generator')
-PLUGIN_LAYERS,PIPELINES,DATASETS = Registry('plugin_layer'),Registry('pipeline'),Registry('dataset')
+PLUGIN_LAYERS,PIPELINES = Registry('plugin_layer'),Registry('pipeline')
+DATASETS,EVALUATORS = Registry('dataset'),Registry('evaluator')
 HOOKS,RUNNERS,OPTIMIZERS = Registry('hook'),Registry('runner'),Registry('optimizer')
 ANCHOR_GENERATORS = PRIOR_GENERATORS

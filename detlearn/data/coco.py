@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path, PureWindowsPath
 import numpy as np
 from torch.utils.data import Dataset
-from ..core.registry import DATASETS, PIPELINES
+from ..core.registry import DATASETS, EVALUATORS, PIPELINES, call
 
 # %% ../../nbs/02_data/01_coco.ipynb #5e6afe71
 def no_such_file(
@@ -398,6 +398,7 @@ def check_settings(
 class CocoDataset(Dataset):
     "Images and objects of a COCO annotation file, each through a pipeline."
     CLASSES = None
+    evaluator = 'CocoMetric' # the rules by which results are judged
     def __init__(self,
         ann_file,                   # path of the json
         pipeline,                   # steps: callables, or dicts with `type`
@@ -418,8 +419,7 @@ class CocoDataset(Dataset):
         self.test_mode,self.filter_empty_gt = test_mode,filter_empty_gt
         steps = [pipeline] if callable(pipeline) or isinstance(pipeline, dict) else pipeline
         self.pipeline = [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
-        names = type(self).CLASSES if classes is None else classes
-        self.CLASSES = wanted_names(names)
+        self.CLASSES = wanted_names(type(self).CLASSES if classes is None else classes)
         coco = self.to_lists(self.load_annotations(self.ann_file))
         vars(self).update(use_coco(coco, self.ann_file, self.CLASSES, test_mode, filter_empty_gt))
         self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette(len(self.CLASSES))
@@ -454,6 +454,20 @@ class CocoDataset(Dataset):
     )->list:      # category ids, one an annotation of a used class
         "Which categories an image holds."
         return [self.cat_ids[k] for k in self.rows['label'][slice(*self.ends[idx:idx+2])]]
+
+    def evaluate(self,
+        results,    # a result for each image, in order; or rows of COCO's result file
+        **settings, # of the evaluator: metric, classwise, proposal_nums, iou_thrs, ...
+    )->dict:        # numbers by the zoo's names
+        "How good results are, by the rules of this data set; an unknown setting is refused."
+        return call(EVALUATORS.find(self.evaluator), settings, 'evaluation')(self, results)
+
+    def format_results(self,
+        results,              # see `evaluate`
+        jsonfile_prefix=None, # path and beginning of the files' names; None: a folder that is gone with the second answer
+    )->tuple:                 # `{'bbox': path, ...}`, and the `TemporaryDirectory` or None
+        "Write results as COCO's server wants them."
+        return EVALUATORS.find(self.evaluator)().write(self, results, jsonfile_prefix)
 
     @property
     def coco(self)->dict: # images, annotations, categories

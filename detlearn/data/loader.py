@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['mix', 'seeded', 'keys_of', 'EpochSampler', 'SampledEpochs', 'choose_sampler', 'unwrap', 'stack_images', 'objects',
            'LoadedBatch', 'collate', 'LoaderError', 'failure', 'Seeded', 'TakeBatch', 'DetLoader', 'build_dataloader',
-           'RepeatDataset', 'ConcatDataset', 'build_dataset']
+           'RepeatDataset', 'mark_part', 'joined_images', 'joined_coco', 'results_of_parts', 'ConcatDataset',
+           'build_dataset']
 
 # %% ../../nbs/02_data/07_loader.ipynb #3def32ef
 import bisect, random, traceback, warnings
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from ..core.registry import DATASETS
+from ..core.registry import DATASETS, EVALUATORS, call
 from ..core.structures import Batch, GroundTruth
 from .class_aware import ClassAwareSampler
 from .samplers import DistributedGroupSampler, GroupSampler
@@ -300,14 +301,59 @@ class RepeatDataset(Dataset):
         return self.dataset.get_cat_ids(idx % len(self.dataset))
 
 # %% ../../nbs/02_data/07_loader.ipynb #f3e29601
+def mark_part(
+    sample,   # of a pipeline; what has no `img_metas` is handed through
+    part:int, # number of the data set
+)->dict:      # with other ids
+    "Note in `img_metas` which data set an image is from."
+    metas = sample.get('img_metas') if isinstance(sample, dict) else None
+    mark = lambda m: dict(m, image_id=f"{part}/{m['image_id']}") if 'image_id' in m else m
+    if not metas: return sample
+    return dict(sample, img_metas=mark(metas) if isinstance(metas, dict) else [mark(m) for m in metas])
+
+def joined_images(
+    datasets, # with `data_infos` and `cat_ids`
+)->list:      # dicts: id `'k/i'`; lists of categories by label + 1
+    "The images of all data sets, none with the id of another."
+    out = []
+    for k,d in enumerate(datasets):
+        label = {c: l+1 for l,c in enumerate(d.cat_ids)}
+        lists = lambda im: {f: [label[c] for c in im[f] if c in label] for f in ('neg_category_ids', 'not_exhaustive_category_ids') if f in im}
+        out += [dict(im, id=f"{k}/{im['id']}", **lists(im)) for im in d.data_infos]
+    return out
+
+def joined_coco(
+    datasets, # with `coco` and `cat_ids`
+)->dict:      # images, annotations, categories
+    "The labels of all data sets in one."
+    rows = [(k, a, {c: l+1 for l,c in enumerate(d.cat_ids)}) for k,d in enumerate(datasets) for a in d.coco['annotations']]
+    annotations = [dict(a, id=i, image_id=f"{k}/{a['image_id']}", category_id=label[a['category_id']]) for i,(k,a,label) in enumerate(rows, 1)]
+    return dict(images=joined_images(datasets), annotations=annotations, categories=[dict(c, id=l+1) for l,c in enumerate(datasets[0].coco['categories'])])
+
+def results_of_parts(
+    joined,  # `ConcatDataset`
+    results, # for each image, in order; or rows with joined ids
+)->list:     # results for each data set, rows with its own ids
+    "Hand each data set its results."
+    listed = len(results) > 0 and not isinstance(results[0], dict)
+    if listed and len(results) != len(joined): raise ValueError(f'there are {len(results)} results for {len(joined)} images: give one for each.')
+    if listed: return [results[b-len(d):b] for d,b in zip(joined.datasets, joined.cumulative_sizes)]
+    out,ids = [[] for _ in joined.datasets],[{str(info['id']): info['id'] for info in d.data_infos} for d in joined.datasets]
+    for r in results:
+        part,name = str(r['image_id']).split('/', 1); k = int(part)
+        out[k].append(dict(r, image_id=ids[k][name], category_id=joined.datasets[k].cat_ids[r['category_id']-1]))
+    return out
+
+# %% ../../nbs/02_data/07_loader.ipynb #9c91fce7
 @DATASETS.register_module()
 class ConcatDataset(torch.utils.data.ConcatDataset):
     "Several data sets of the same classes, one after the other."
     def __init__(self,
         datasets,                # list
-        separate_eval:bool=True, # accepted
+        separate_eval:bool=True, # judge each by itself, `0_bbox_mAP`, `1_bbox_mAP`, ...; False: all as one
     ):
         super().__init__(datasets)
+        self.separate_eval = separate_eval
         self.CLASSES,self.PALETTE = datasets[0].CLASSES,getattr(datasets[0], 'PALETTE', None)
         other = next((d.CLASSES for d in datasets if d.CLASSES != self.CLASSES), None)
         if other:
@@ -315,13 +361,56 @@ class ConcatDataset(torch.utils.data.ConcatDataset):
                              'Write classes=(...) in each.')
         flags = [d.flag for d in datasets if hasattr(d, 'flag')]
         if len(flags) == len(datasets): self.flag = np.concatenate(flags)
+        self.cat_ids = list(range(1, len(self.CLASSES or ())+1))
 
     def get_cat_ids(self,
         idx:int, # position
     )->list:     # category ids
         "Which categories an image holds."
-        k = bisect.bisect_right(self.cumulative_sizes, idx)
-        return self.datasets[k].get_cat_ids(idx - (self.cumulative_sizes[k-1] if k else 0))
+        k,i = self.place(idx)
+        return self.datasets[k].get_cat_ids(i)
+
+    def get_ann_info(self,
+        idx:int,  # position
+    )->dict:      # see `CocoDataset`
+        "The objects of one image."
+        k,i = self.place(idx)
+        return self.datasets[k].get_ann_info(i)
+
+    def place(self,
+        idx:int, # position
+    )->tuple:    # number of the data set, position in it
+        "Where an image lies."
+        k = bisect.bisect_right(self.cumulative_sizes, range(len(self))[idx])
+        return k,range(len(self))[idx] - (self.cumulative_sizes[k-1] if k else 0)
+
+    def __getitem__(self, idx):
+        k,i = self.place(idx)
+        return mark_part(self.datasets[k][i], k)
+
+    @property
+    def evaluator(self)->str: # a name
+        "The rules of the first data set."
+        return getattr(self.datasets[0], 'evaluator', 'CocoMetric')
+
+    @property
+    def data_infos(self)->list: # dicts
+        "The images, see `joined_images`."
+        return joined_images(self.datasets)
+
+    @property
+    def coco(self)->dict: # images, annotations, categories
+        "The labels of all data sets in one, made anew at each call."
+        return joined_coco(self.datasets)
+
+    def evaluate(self,
+        results,     # as for `CocoDataset.evaluate`, the data sets one after the other; or rows with the ids of `coco`
+        **settings,  # of the evaluator
+    )->dict:         # numbers of each data set with its number in front, or of all
+        "How good results are, by the rules of the data sets."
+        if not self.separate_eval: return call(EVALUATORS.find(self.evaluator), settings, 'evaluation')(self, results)
+        each = enumerate(zip(self.datasets, results_of_parts(self, results)))
+        return {f'{k}_{name}': v for k,(d,r) in each for name,v in d.evaluate(r, **settings).items()}
 
 # %% ../../nbs/02_data/07_loader.ipynb #a9954844
 def build_dataset(

@@ -162,6 +162,7 @@ def voc_lists(
 @DATASETS.register_module()
 class XMLDataset(CocoDataset):
     "Photos with one xml file each."
+    evaluator = 'MapMetric'
     def __init__(self,
         ann_file=None,              # text file with one name a line; None: every xml file, sorted
         pipeline=(),                # steps: callables, or dicts with `type`
@@ -258,6 +259,7 @@ class VOCDataset(XMLDataset):
     "PASCAL VOC 2007 or 2012."
     CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
                'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+    evaluator = 'VOCMetric'
     def __init__(self,
         *args,    # of `XMLDataset`
         **kwargs, # likewise

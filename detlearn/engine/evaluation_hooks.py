@@ -15,7 +15,8 @@ from ..detectors.single_stage import parse_losses
 from .checkpoints import same_rng
 from .hooks import Hook, LogBuffer, every
 from .runner import gather_objects, get_dist_info
-from ..evaluation.coco_eval import coco_results, evaluate, to_original
+from ..evaluation.coco_eval import coco_results, to_original
+from ..evaluation.dataset_metrics import evaluator_of
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #6eb9307a
 def truth_of(
@@ -41,13 +42,12 @@ def losses_and_boxes(
 def ap_numbers(
     data,               # with `coco`
     results:list,       # COCO results of all its images
-    classwise=False,    # also `NAME_precision` for each class
+    **settings,         # of its evaluator: `metric`, `classwise`, `iou_thrs`, ...
 )->dict:                # the zoo's keys, `bbox_mAP` first
-    "Average precision under the zoo's names."
-    found = evaluate(data.coco, results, getattr(data, 'CLASSES', None))
-    out = {f'bbox_{k}': found[f'bbox_{k}'] for k in ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')}
-    if classwise: out |= {f'{name}_precision': v['AP'] for name,v in found['per_class'].items()}
-    return out
+    "Numbers by the rules of the data set, under the zoo's names."
+    settings = {'logger': 'silent', **settings}
+    if hasattr(data, 'evaluate'): return data.evaluate(results, **settings)
+    return evaluator_of(data, **settings)(data, results)
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #f8ef591e
 def even_batches(
@@ -82,11 +82,11 @@ def all_losses(
 def evaluate_model(
     model,            # a detector, or anything that gives losses for `(images, gt)`
     dataloader,       # gives `Batch`; in several processes, each has its share of the images
-    classwise=False,  # AP of each class, too
-    **kwargs,         # accepted: the zoo's `metric`, `jsonfile_prefix`, ...
+    **settings,       # of the data set's evaluator: `metric`, `classwise`, `jsonfile_prefix`, ...
 )->dict:              # `bbox_mAP`, ..., then `val_loss_cls`, ..., `val_loss`: means over the images
     "AP and losses on images that are not trained on."
     model,data,buffer = getattr(model, 'module', model),truth_of(dataloader),LogBuffer()
+    if data is not None: evaluator_of(data, **settings)       # what it does not know is refused before the work
     training,device,results,objects,images = model.training,next(model.parameters()).device,{},0,0
     buffer.clear(keep=10**9); model.eval()
     try:
@@ -101,7 +101,7 @@ def evaluate_model(
     finally: model.train(training)
     if data is None: return all_losses(buffer, images)
     rows = all_results(results)
-    out = gather_objects(ap_numbers(data, rows, classwise) if get_dist_info()[0] == 0 else None)[0]
+    out = gather_objects(ap_numbers(data, rows, **settings) if get_dist_info()[0] == 0 else None)[0]
     seen = sum(gather_objects(int(objects)))                  # none: the pipeline loads no objects
     return out | all_losses(buffer, images) if seen else out
 
@@ -176,6 +176,7 @@ class EvalHook(Hook):
         self.evaluate_fn,self.eval_kwargs,self.save_best = evaluate_fn,eval_kwargs,save_best
         self.rules,self.out_dir,self.steps = (rule, greater_keys, less_keys),out_dir,sorted(dynamic_intervals or [])
         self.best,self.best_file = None,None
+        if evaluate_fn is evaluate_model and truth_of(dataloader) is not None: evaluator_of(truth_of(dataloader), **eval_kwargs)
 
     def due(self,
         done:int, # epochs or iterations before this one

@@ -59,7 +59,7 @@ def tpfp_default(
     for s,area in enumerate(ranges):
         sized = within(areas_of(det_bboxes, use_legacy_coordinate), area)
         out,taken = difficult | ~within(areas_of(everyone, use_legacy_coordinate), area),set()
-        for i in np.argsort(-det_bboxes[:, 4]):
+        for i in np.argsort(-det_bboxes[:, 4], kind='stable'):
             best = iou[i].argmax() if len(everyone) else None
             if best is None or iou[i, best] < iou_thr: fp[s, i] = sized[i]
             elif not out[best]:
@@ -87,7 +87,7 @@ def tpfp_imagenet(
     for s,area in enumerate(ranges):
         sized = within(areas_of(det_bboxes, legacy), area)
         out,free = difficult | ~within(areas_of(everyone, legacy), area),np.ones(len(everyone), bool)
-        for i in np.argsort(-det_bboxes[:, 4]):
+        for i in np.argsort(-det_bboxes[:, 4], kind='stable'):
             can = enough[i] & free
             if not can.any(): fp[s, i] = sized[i]; continue
             best = np.where(can, iou[i], -1).argmax()
@@ -180,7 +180,7 @@ def eval_class(
     legacy = settings.get('use_legacy_coordinate', False)
     num = np.array([sum(int(within(areas_of(g, legacy), a).sum()) for g,_ in objects) for a in area_ranges or [None]])
     scores = np.concatenate([d[:, 4] for d in dets])
-    tp,fp = [np.hstack(f)[:, np.argsort(-scores)].cumsum(1) for f in zip(*flags)]
+    tp,fp = [np.hstack(f)[:, np.argsort(-scores, kind='stable')].cumsum(1) for f in zip(*flags)]
     eps = np.finfo(np.float32).eps
     recall,precision = tp/np.maximum(num[:, None], eps),tp/np.maximum(tp + fp, eps)
     out = dict(num_gts=num, num_dets=len(scores), recall=recall, precision=precision, ap=average_precision(recall, precision, mode))
@@ -233,7 +233,7 @@ def eval_recalls(
 )->np.ndarray:          # `(len(proposal_nums), len(iou_thrs))` array
     "The part of the objects that the best proposals find."
     nums,thrs = np.atleast_1d(proposal_nums),np.atleast_1d(iou_thrs)
-    ranked = [p[np.argsort(-p[:, 4])] if p.ndim == 2 and p.shape[1] == 5 else p for p in proposals]
+    ranked = [p[np.argsort(-p[:, 4], kind='stable')] if p.ndim == 2 and p.shape[1] == 5 else p for p in proposals]
     iou = [overlaps_of(np.asarray(g).reshape(-1, 4), p, use_legacy_coordinate) for g,p in zip(gts, ranked)]
     found = [np.concatenate([best_pairs_of(table[:, :n]) for table in iou] or [[]]) for n in nums]
     total = max(sum(len(table) for table in iou), 1)
