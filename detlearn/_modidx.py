@@ -2968,6 +2968,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                             'detlearn/evaluation/voc_map.py'),
                                              'detlearn.evaluation.voc_map.tpfp_openimages': ( '13_evaluation/voc_map.html#tpfp_openimages',
                                                                                               'detlearn/evaluation/voc_map.py'),
+                                             'detlearn.evaluation.voc_map.with_difficult': ( '13_evaluation/voc_map.html#with_difficult',
+                                                                                             'detlearn/evaluation/voc_map.py'),
                                              'detlearn.evaluation.voc_map.within': ( '13_evaluation/voc_map.html#within',
                                                                                      'detlearn/evaluation/voc_map.py')},
             'detlearn.layers.attention': { 'detlearn.layers.attention.FFN': ( '03_layers/attention.html#ffn',

@@ -28,13 +28,14 @@ def map_back(
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #34349702
 def to_original(
     detections, # `Detections` of a batch, or of one image
-    metas,      # `img_metas` of the batch (a list), or of that image; without `matrix`: nothing was changed
+    metas,      # `img_metas` of the batch (a list), or of the image; without `matrix`: unchanged
 )->Detections:  # on the host, same shapes, pixels of the photo; padding stays 0
     "Detections where they are on the photo."
     one = not isinstance(metas, (list, tuple))
     d = detections.to('cpu')
     matrices = [(m or {}).get('matrix') for m in ([metas] if one else metas)]
-    rows = [b if m is None else map_back(b, m) for b,m in zip(d.boxes[None] if one else d.boxes, matrices)]
+    rows = [b if m is None else map_back(b, m) for b,m in zip(d.boxes[None] if one else d.boxes,
+                                                              matrices)]
     boxes = rows[0] if one else torch.stack(rows)
     return Detections(boxes.masked_fill(~d.valid[..., None], 0), d.scores, d.labels, d.valid)
 
@@ -50,7 +51,8 @@ def coco_results(
     for i,meta in enumerate(metas):
         number,one = image_number(meta),d[i].cut()
         for (x1,y1,x2,y2),s,l in zip(one.boxes.tolist(), one.scores.tolist(), one.labels.tolist()):
-            out.append(dict(image_id=number, category_id=cat_ids[l], bbox=[x1, y1, x2-x1, y2-y1], score=s))
+            out.append(dict(image_id=number, category_id=cat_ids[l], bbox=[x1, y1, x2-x1, y2-y1],
+                            score=s))
     return out
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #f1a402e9
@@ -60,8 +62,9 @@ def image_number(
     "The id of an image in the annotation file."
     if not isinstance(meta, dict): return meta
     if meta.get('image_id') is None:
-        raise ValueError(f"img_metas of {meta.get('filename', 'an image')} has no image_id, so its detections can not be "
-                         "compared with an annotation file. Load images through a data set, or add meta['image_id'].")
+        raise ValueError(f"img_metas of {meta.get('filename', 'an image')} has no image_id, so its "
+                         "detections can not be compared with an annotation file. Load images through "
+                         "a data set, or add meta['image_id'].")
     return meta['image_id']
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #bd30d67a
@@ -71,7 +74,8 @@ def complete(
     "Fill in areas, crowd flags and ids where a file has left them out."
     anns = [dict(dict(area=a['bbox'][2]*a['bbox'][3], iscrowd=0), **a, id=i) for i,a in
             enumerate([{k: v for k,v in a.items() if k != 'id'} for a in coco['annotations']], 1)]
-    return dict(info={}, images=list(coco['images']), annotations=anns, categories=list(coco['categories']))
+    return dict(info={}, images=list(coco['images']), annotations=anns,
+                categories=list(coco['categories']))
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #1ad99ce3
 def check_results(
@@ -85,10 +89,13 @@ def check_results(
         raise ValueError(f'results must be a list with one dict for each box, not a dict{hint}')
     strangers = sorted({r['image_id'] for r in results} - {im['id'] for im in coco['images']}, key=str)
     if strangers:
-        raise ValueError(f'results hold boxes of {len(strangers)} images that the ground truth does not know, e.g. '
+        raise ValueError(f'results hold boxes of {len(strangers)} images that the ground truth does not '
+                         f'know, e.g. '
                          f'image_id {strangers[:3]}: were both made from the same file?')
     unknown = {r['category_id'] for r in results} - {c['id'] for c in coco['categories']}
-    if unknown: warnings.warn(f'category ids {sorted(unknown)} of the results are not in the ground truth: left out')
+    if unknown:
+        warnings.warn(f'category ids {sorted(unknown)} of the results are not in the ground truth: left '
+                      f'out')
     return [dict(r) for r in results if r['category_id'] in cat_ids]
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #ec3f505d
@@ -146,7 +153,8 @@ def run_coco(
         truth.dataset,found.dataset = coco,dict(coco, annotations=[])
         truth.createIndex(); found.createIndex()
         run = COCOeval(truth, truth.loadRes(results) if results else found, iou_type)
-        run.params.catIds,run.params.maxDets,run.params.useCats = list(cat_ids),list(limits),int(by_class)
+        run.params.catIds,run.params.maxDets = list(cat_ids),list(limits)
+        run.params.useCats = int(by_class)
         if iou_thrs is not None: run.params.iouThrs = np.atleast_1d(iou_thrs)
         run.evaluate()
         if between: between(run)
@@ -161,7 +169,8 @@ def wanted_categories(
     "The categories that are evaluated."
     names = {c['id']: c['name'] for c in coco['categories']}
     missing = set(classes or ()) - set(names.values())
-    if missing: raise ValueError(f'no category is called {sorted(missing)}; there is {sorted(names.values())}')
+    if missing:
+        raise ValueError(f'no category is called {sorted(missing)}; there is {sorted(names.values())}')
     return {i: n for i,n in names.items() if classes is None or n in classes}
 
 def rows_for(
@@ -181,7 +190,8 @@ def class_numbers(
 )->dict:         # `name: dict(AP=, AP50=)`
     "What is known of each class."
     half = np.isclose(overlaps, .5)
-    return {n: dict(AP=mean_known(precision[:, :, k, 0]), AP50=mean_known(precision[half, :, k, 0])) for k,n in enumerate(names)}
+    return {n: dict(AP=mean_known(precision[:, :, k, 0]), AP50=mean_known(precision[half, :, k, 0]))
+            for k,n in enumerate(names)}
 
 # %% ../../nbs/13_evaluation/02_coco_eval.ipynb #db125665
 def evaluate(
@@ -192,7 +202,7 @@ def evaluate(
     max_dets=(100, 300, 1000), # the zoo's limits of boxes; only its own numbers depend on them
     iou_thrs=None,   # overlaps; None: COCO's ten, .5 to .95
     by_class=True,   # False: any box may find any object, as with proposals; no `per_class` then
-)->dict:             # COCO's twelve, the zoo's by its names, `per_class={name: dict(AP=, AP50=)}`; -1: can't be said
+)->dict:             # COCO's twelve, also by the zoo's names; `per_class`: AP, AP50; -1: unknown
     "Average precision and recall, by pycocotools."
     names = wanted_categories(coco, classes)
     rows = rows_for(results, coco, names, iou_type)
@@ -200,5 +210,6 @@ def evaluate(
     run = run_coco(complete(coco), rows, names, iou_type, limits, iou_thrs, by_class)
     precision,recall,overlaps = run.eval['precision'],run.eval['recall'],run.params.iouThrs
     at = {n: summarise(precision, recall, m, overlaps) for m,n in enumerate(limits)}
-    per_class = class_numbers(precision[..., limits.index(100)], names.values(), overlaps) if by_class else {}
+    per_class = class_numbers(precision[..., limits.index(100)], names.values(),
+                              overlaps) if by_class else {}
     return name_numbers(at, max_dets, iou_type) | dict(per_class=per_class)

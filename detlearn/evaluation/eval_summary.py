@@ -42,9 +42,11 @@ def map_tables(
     for s,mean in enumerate(np.atleast_1d(mean_ap)):
         at = lambda v: np.atleast_1d(v)[s]
         recall = lambda r: (r['recall'][s] if np.ndim(r['recall']) == 2 else r['recall'])[-1:]
-        rows = [[n, at(r['num_gts']), r['num_dets'], f'{max(recall(r), default=0):.3f}', f"{at(r['ap']):.3f}"] for n,r in zip(names, results)]
+        rows = [[n, at(r['num_gts']), r['num_dets'], f'{max(recall(r), default=0):.3f}',
+                 f"{at(r['ap']):.3f}"] for n,r in zip(names, results)]
         head = [f'Scale range {tuple(scale_ranges[s])}\n'] if scale_ranges else ['']
-        out.append(head[0] + table_text(['class', 'gts', 'dets', 'recall', 'ap'], rows, ['mAP', '', '', '', f'{mean:.3f}']))
+        out.append(head[0] + table_text(['class', 'gts', 'dets', 'recall', 'ap'], rows,
+                                        ['mAP', '', '', '', f'{mean:.3f}']))
     return out
 
 def print_map_summary(
@@ -56,8 +58,10 @@ def print_map_summary(
 ):
     "The tables of `map_tables`."
     names = None if dataset is None or isinstance(dataset, str) else list(dataset)
-    if names and len(names) != len(results): raise ValueError(f'{len(results)} classes have results, {len(names)} have a name.')
-    for text in [] if logger == 'silent' else map_tables(mean_ap, results, names, scale_ranges): say(text, logger)
+    if names and len(names) != len(results):
+        raise ValueError(f'{len(results)} classes have results, {len(names)} have a name.')
+    for text in [] if logger == 'silent' else map_tables(mean_ap, results, names, scale_ranges):
+        say(text, logger)
 
 # %% ../../nbs/13_evaluation/03b_eval_summary.ipynb #9c6811b1
 def print_recall_summary(
@@ -72,7 +76,8 @@ def print_recall_summary(
     nums,thrs,table = np.atleast_1d(proposal_nums),np.atleast_1d(iou_thrs),np.asarray(recalls)
     rows = range(len(nums)) if row_idxs is None else row_idxs
     cols = range(len(thrs)) if col_idxs is None else col_idxs
-    say(table_text(['', *(f'{thrs[j]:.2f}' for j in cols)], [[nums[i], *(f'{table[i, j]:.3f}' for j in cols)] for i in rows]), logger)
+    say(table_text(['', *(f'{thrs[j]:.2f}' for j in cols)],
+                   [[nums[i], *(f'{table[i, j]:.3f}' for j in cols)] for i in rows]), logger)
 
 def plot_num_recall(
     recalls,       # `(n,)` array
@@ -82,7 +87,8 @@ def plot_num_recall(
     "How recall grows with the number of proposals."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.6, 2.4))[1]
-    ax.plot([0, *proposal_nums], [0, *recalls], 'o-'); ax.set(xlabel='proposals', ylabel='recall', ylim=(0, 1.02), xlim=(0, None))
+    ax.plot([0, *proposal_nums], [0, *recalls], 'o-')
+    ax.set(xlabel='proposals', ylabel='recall', ylim=(0, 1.02), xlim=(0, None))
     return ax
 
 def plot_iou_recall(
@@ -93,5 +99,6 @@ def plot_iou_recall(
     "How recall falls with the overlap that is asked for."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.6, 2.4))[1]
-    ax.plot([*iou_thrs, 1.], [*recalls, 0], 'o-'); ax.set(xlabel='overlap', ylabel='recall', ylim=(0, 1.02), xlim=(min(iou_thrs), 1))
+    ax.plot([*iou_thrs, 1.], [*recalls, 0], 'o-')
+    ax.set(xlabel='overlap', ylabel='recall', ylim=(0, 1.02), xlim=(min(iou_thrs), 1))
     return ax

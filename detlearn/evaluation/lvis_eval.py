@@ -7,7 +7,8 @@ __all__ = ['looked_for', 'best_of_image', 'judged_only', 'forgive', 'frequency_g
 
 # %% ../../nbs/13_evaluation/04_lvis_eval.ipynb #acafde65
 import numpy as np
-from .coco_eval import SIZES, class_numbers, complete, mean_known, rows_for, run_coco, wanted_categories
+from .coco_eval import SIZES, class_numbers, complete, mean_known, rows_for
+from .coco_eval import run_coco, wanted_categories
 
 # %% ../../nbs/13_evaluation/04_lvis_eval.ipynb #ac438a26
 def looked_for(
@@ -15,10 +16,12 @@ def looked_for(
 )->dict:       # image id: `(judged, not_exhaustive)`, two sets of category ids
     "Which classes can be judged in which image."
     if coco['images'] and not any('neg_category_ids' in im for im in coco['images']):
-        raise ValueError('no image has neg_category_ids, so nobody knows where classes were looked for in vain: this is no '
+        raise ValueError('no image has neg_category_ids, so nobody knows where classes were looked for '
+                         'in vain: this is no '
                          "federated data set like LVIS. Measure it by COCO's rule, with `evaluate`.")
     lists = lambda im, key: set(im.get(key) or ())
-    facts = {im['id']: (lists(im, 'neg_category_ids'), lists(im, 'not_exhaustive_category_ids')) for im in coco['images']}
+    facts = {im['id']: (lists(im, 'neg_category_ids'), lists(im, 'not_exhaustive_category_ids'))
+             for im in coco['images']}
     for a in coco['annotations']: facts[a['image_id']][0].add(a['category_id'])
     return facts
 
@@ -54,7 +57,8 @@ def frequency_groups(
     categories, # dicts with `frequency`
 )->dict:        # `r`, `c`, `f`: `(n,)` int arrays of positions
     "Which classes are rare, common, frequent."
-    return {k: np.array([i for i,c in enumerate(categories) if c.get('frequency') == k], int) for k in 'rcf'}
+    return {k: np.array([i for i,c in enumerate(categories) if c.get('frequency') == k], int)
+            for k in 'rcf'}
 
 def summarise_lvis(
     precision, # `(T, 101, C, 4)`, -1 for unknown
@@ -78,15 +82,19 @@ def evaluate_lvis(
     iou_type='bbox', # or `'segm'`, with `segmentation` in both
     max_dets:int=300,# detections of an image that count, of all classes together
     iou_thrs=None,   # overlaps; None: COCO's ten, .5 to .95
-)->dict:             # LVIS' thirteen, `bbox_AP...` of them, `per_class={name: dict(AP=, AP50=, frequency=)}`; -1: can't be said
+)->dict:             # LVIS' thirteen, `bbox_AP...`; `per_class`: AP, AP50, frequency; -1: unknown
     "Average precision where somebody has looked (Gupta et al., 2019)."
     names,facts = wanted_categories(coco, classes),looked_for(coco)
-    rows = best_of_image(rows_for(results, coco, {c['id'] for c in coco['categories']}, iou_type), max_dets)
+    rows = best_of_image(rows_for(results, coco, {c['id'] for c in coco['categories']}, iou_type),
+                         max_dets)
     rows = [r for r in judged_only(rows, facts) if r['category_id'] in names]
-    run = run_coco(complete(coco), rows, names, iou_type, [max_dets], iou_thrs, between=lambda run: forgive(run, facts))
-    precision,recall,overlaps = run.eval['precision'][..., 0],run.eval['recall'][..., 0],run.params.iouThrs
+    run = run_coco(complete(coco), rows, names, iou_type, [max_dets], iou_thrs,
+                   between=lambda run: forgive(run, facts))
+    precision,recall = [run.eval[k][..., 0] for k in ('precision', 'recall')]
+    overlaps = run.params.iouThrs
     wanted = [c for c in coco['categories'] if c['id'] in names]
     out = summarise_lvis(precision, recall, overlaps, frequency_groups(wanted), max_dets)
     per_class = class_numbers(precision, names.values(), overlaps)
     for c in wanted: per_class[c['name']]['frequency'] = c.get('frequency')
-    return out | {f'{iou_type}_{k}': v for k,v in out.items() if k.startswith('AP')} | dict(per_class=per_class)
+    by_kind = {f'{iou_type}_{k}': v for k,v in out.items() if k.startswith('AP')}
+    return out | by_kind | dict(per_class=per_class)
