@@ -101,7 +101,7 @@ def bbox2distance(
 def distance2bbox(
     points:Tensor,   # `(..., 2)` x, y
     distance:Tensor, # `(..., 4)` left, top, right, bottom
-    max_shape=None,  # `(height, width)`, or a tensor with one pair an image: cut there, see `clip_boxes`
+    max_shape=None,  # `(height, width)`, or one pair an image: cut there, see `clip_boxes`
 )->Tensor:           # `(..., 4)` xyxy
     "The box with these distances."
     boxes = torch.cat([points - distance[..., :2], points + distance[..., 2:]], -1)

@@ -10,6 +10,7 @@ __all__ = ['at_least_float32', 'constants', 'centre_size', 'bbox2delta', 'clamp_
 import math
 import torch
 from torch import Tensor
+from ..core.boxes import clip_boxes
 from ..core.registry import BBOX_CODERS
 
 # %% ../../nbs/06_targets/02_delta_xywh_coder.ipynb #52413b0b
@@ -61,14 +62,10 @@ def clamp_deltas(
 # %% ../../nbs/06_targets/02_delta_xywh_coder.ipynb #986ab3b6
 def clip_to(
     boxes:Tensor, # `(..., 4)` xyxy, pixels
-    max_shape,    # `(height, width[, channels])`, a tensor `(B, 2)` for boxes `(B, ..., 4)`, or None
+    max_shape,    # `(height, width[, channels])`, or one an image (`clip_boxes`), or None
 )->Tensor:        # `(..., 4)`
-    "Cut boxes at the border of their image."
-    if max_shape is None: return boxes
-    hw = max_shape if isinstance(max_shape, Tensor) else constants(tuple(max_shape)[:2], boxes)
-    wh = hw[..., :2].to(boxes.dtype).flip(-1)
-    wh = wh.reshape(*wh.shape[:-1], *[1]*(boxes.dim()-wh.dim()), 2)    # room for the axes between
-    return torch.minimum(boxes.clamp(min=0), torch.cat([wh, wh], -1))
+    "Cut boxes at the border of their image, if one is given."
+    return boxes if max_shape is None else clip_boxes(boxes, max_shape)
 
 # %% ../../nbs/06_targets/02_delta_xywh_coder.ipynb #4b1ebf18
 def delta2bbox(
