@@ -62,11 +62,11 @@ def as_yes_no(
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #2fb540f2
 def match_weight(
-    weight,      # `(...)`, `(..., C)`, as many elements as `pred`, or None
+    weight,      # `(...)`, `(..., 1)`, `(..., C)`, as many elements as `pred`, or None
     pred:Tensor, # `(..., C)`
 )->Tensor:       # broadcastable to `pred`, or None
     "One weight for a prior serves all its classes."
-    if weight is None or weight.shape == pred.shape: return weight
+    if weight is None or weight.shape in (pred.shape, (*pred.shape[:-1], 1)): return weight
     if weight.shape == pred.shape[:-1]: return weight[..., None]
     if weight.numel() == pred.numel(): return weight.view(pred.shape)
     raise ValueError(f'weights of shape {tuple(weight.shape)} do not fit scores of shape '

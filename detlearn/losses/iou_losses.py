@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IOU_MODES', 'shared_and_covered', 'sides_around', 'paired_iou', 'paired_giou', 'centre_distance', 'shape_difference',
-           'weight_of_box', 'iou_loss', 'giou_loss', 'diou_loss', 'ciou_loss', 'bounded_iou_loss', 'IoULoss',
-           'OverlapLoss', 'GIoULoss', 'DIoULoss', 'CIoULoss', 'BoundedIoULoss']
+           'weight_of_box', 'iou_loss', 'giou_loss', 'diou_loss', 'ciou_loss', 'bounded_errors', 'bounded_iou_loss',
+           'IoULoss', 'OverlapLoss', 'GIoULoss', 'DIoULoss', 'CIoULoss', 'BoundedIoULoss']
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #5e323cd6
 import functools, math, warnings
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..core.registry import LOSSES
 from ..core.boxes import box_area, box_centers
-from .reduce import LossPart, weighted_loss
+from .reduce import LossPart, gated, spread, weight_reduce_loss, weighted_loss
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #dfd46ad5
 def shared_and_covered(
@@ -151,8 +151,7 @@ def ciou_loss(
     return 1 - ciou.clamp(min=-1, max=1)
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #8c1d60f2
-@weighted_loss
-def bounded_iou_loss(
+def bounded_errors(
     pred:Tensor,    # `(..., 4)` xyxy
     target:Tensor,  # `(..., 4)` xyxy; nothing is learned from it
     beta:float=.2,  # half width of the parabola, in units of IoU; must be positive
@@ -168,6 +167,20 @@ def bounded_iou_loss(
     scale = 1 - torch.minimum(wanted/(size+eps), size/(wanted+eps))
     d = torch.cat([shift, scale], -1)
     return torch.where(d < beta, .5*d*d/beta, d - .5*beta)
+
+def bounded_iou_loss(
+    pred:Tensor,      # `(..., 4)` xyxy
+    target:Tensor,    # `(..., 4)` xyxy
+    weight=None,      # `(..., 4)`, one an error, or `(...)`; a box is left out if all are 0
+    reduction='mean', # `'none'`, `'mean'`, `'sum'`; a mean is over `4N` numbers
+    avg_factor=None,  # see `weight_reduce_loss`
+    beta:float=.2,    # see `bounded_errors`
+    eps:float=1e-3,   # see `bounded_errors`
+)->Tensor:            # scalar, or `(..., 4)` for `'none'`
+    "Bounded errors, weighed one by one: each looks at its whole box."
+    used = weight if weight is None or weight.dim() < pred.dim() else (weight != 0).any(-1)
+    errors = bounded_errors(gated(pred, used), gated(target, used), beta, eps)
+    return weight_reduce_loss(errors, spread(weight, errors), reduction, avg_factor)
 
 # %% ../../nbs/07_losses/04_iou_losses.ipynb #5147b9fd
 @LOSSES.register_module()

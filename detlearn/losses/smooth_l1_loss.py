@@ -51,9 +51,9 @@ def smooth_l1_loss(
     pred:Tensor,      # `(..., 4)` deltas, or any shape
     target:Tensor,    # same shape
     weight=None,      # same shape, or one a box `(...)`; 0 takes it out
-    beta:float=1.,    # half width of the parabola, in units of the error; must be positive
     reduction='mean', # `'none'`, `'mean'`, `'sum'`
     avg_factor=None,  # see `weight_reduce_loss`
+    beta:float=1.,    # half width of the parabola, in units of the error; must be positive
 )->Tensor:            # scalar, or elements for `'none'`; 0 if there is no target
     "A parabola within `beta`, a straight line outside (Girshick, 2015)."
     if beta <= 0:

@@ -200,7 +200,7 @@ def multiclass_nms(
 )->tuple:                # `(K, 5)` boxes with scores, `(K,)` labels[, `(K,)` numbers]
     "From scores of all classes to the boxes of one image."
     N,C = len(multi_scores),multi_scores.shape[1]-1
-    boxes = multi_bboxes.reshape(N, -1, 4).expand(N, C, 4).reshape(-1, 4)
+    boxes = multi_bboxes.unflatten(-1, (-1, 4)).expand(N, C, 4).reshape(-1, 4)
     scores,labels = multi_scores[:, :C].reshape(-1),torch.arange(C, device=multi_scores.device).repeat(N)
     inds = (scores > score_thr).nonzero()[:, 0]
     if score_factors is not None: scores = scores * score_factors.repeat_interleave(C, output_size=N*C)
