@@ -386,8 +386,7 @@ class PolygonMasks(InstanceMasks):
         interpolation=None, # not used
     )->'PolygonMasks':      # `PolygonMasks`
         "Another size."
-        h,w = out_shape
-        return self.moved(lambda x,y: (x*w/self.width, y*h/self.height), h, w)
+        return self.moved(view_of((0, 0, self.width, self.height), out_shape), *out_shape)
 
     def flip(self,
         flip_direction='horizontal', # or `'vertical'`, `'diagonal'`
@@ -420,11 +419,9 @@ class PolygonMasks(InstanceMasks):
         binarize=True,           # must be True: an outline has no shares of cells
     )->'PolygonMasks':           # `PolygonMasks` of `K`
         "Each box's view of its object."
-        if not binarize: raise ValueError("polygons are always 0 or 1: leave binarize=True, or paint "
-                                          "them first, with to_bitmap()")
-        each = zip(np.asarray(bboxes, float), inds)
-        views = [self[int(i)].moved(view_of(box, out_shape)).masks[0] for box,i in each]
-        return PolygonMasks(views, *out_shape)
+        if not binarize: raise ValueError('polygons are always 0 or 1: paint them first, with to_bitmap()')
+        each = [(self.masks[int(i)], view_of(b, out_shape)) for b,i in zip(np.asarray(bboxes, float), inds)]
+        return PolygonMasks([through([parts], f)[0] for parts,f in each], *out_shape)
 
     def translate(self,
         out_shape,              # `(height, width)`
@@ -461,8 +458,7 @@ class PolygonMasks(InstanceMasks):
 
     def to_bitmap(self)->BitmapMasks: # `BitmapMasks`
         "Painted, as COCO does."
-        h,w = self.height,self.width
-        return BitmapMasks([paint(parts, h, w) for parts in self.masks], h, w)
+        return BitmapMasks([paint(p, self.height, self.width) for p in self.masks], self.height, self.width)
 
     def to_ndarray(self)->np.ndarray: # `(G, H, W)` uint8
         "Painted."
