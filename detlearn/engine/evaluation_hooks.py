@@ -13,7 +13,7 @@ import torch
 from ..core.registry import HOOKS
 from ..detectors.single_stage import parse_losses
 from .checkpoints import same_rng
-from .hooks import Hook, LogBuffer, every
+from .hooks import Hook, LogBuffer, every, folder_for
 from .runner import gather_objects, get_dist_info
 from ..evaluation.coco_eval import coco_results, to_original
 from ..evaluation.dataset_metrics import evaluator_of
@@ -135,7 +135,7 @@ def keep_best(
     if math.isnan(value) or (hook.best is not None and sign*value <= sign*hook.best): return
     done = f'epoch_{runner.epoch+1}' if hook.by_epoch else f'iter_{runner.iter+1}'
     old,hook.best,hook.best_file = hook.best_file,value,f'best_{key}_{done}.pth'.replace('/', '_')
-    path = runner.save_checkpoint(hook.out_dir or runner.work_dir, hook.best_file,
+    path = runner.save_checkpoint(folder_for(hook.out_dir, runner.work_dir), hook.best_file,
                                   meta=dict(best_score=value), create_symlink=False)
     if old and old != hook.best_file: (Path(path).parent/old).unlink(missing_ok=True)
     runner.say(f'best {key} so far: {value:.4f}, saved as {path}')
@@ -168,7 +168,7 @@ class EvalHook(Hook):
         evaluate_fn=evaluate_model, # `f(model, dataloader, **eval_kwargs)` gives a dict of numbers
         greater_keys=(),        # see `rule_of`
         less_keys=(),           # see `rule_of`
-        out_dir=None,           # of the best file; default: `work_dir`
+        out_dir=None,           # of the best file: `OUT_DIR/NAME_OF_WORK_DIR`; None: `work_dir`
         dynamic_intervals=None, # `[(from, interval), ...]`, epochs or iterations from 1
         **eval_kwargs,          # handed on
     ):
@@ -212,7 +212,7 @@ class EvalHook(Hook):
 
     def load_state_dict(self, state, runner):
         "Take up the best so far; a best file that is newer than the checkpoint counts."
-        where = self.out_dir or runner.work_dir
+        where = folder_for(self.out_dir, runner.work_dir)
         self.best,self.best_file = best_on_disk(where, state['best'], state['best_file'])
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #672d96c0

@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['PRIORITIES', 'POINTS', 'get_priority', 'falls_back', 'Hook', 'every', 'is_last', 'end_of_epoch', 'LogBuffer',
-           'mean_of', 'clip_gradients', 'OptimizerHook', 'LrUpdaterHook', 'IterTimerHook', 'DistSamplerSeedHook',
-           'CheckpointHook']
+           'mean_of', 'clip_gradients', 'OptimizerHook', 'LrUpdaterHook', 'FixedLrUpdaterHook', 'StepLrUpdaterHook',
+           'ExpLrUpdaterHook', 'PolyLrUpdaterHook', 'InvLrUpdaterHook', 'CosineAnnealingLrUpdaterHook',
+           'FlatCosineAnnealingLrUpdaterHook', 'LinearAnnealingLrUpdaterHook', 'CosineRestartLrUpdaterHook',
+           'CyclicLrUpdaterHook', 'OneCycleLrUpdaterHook', 'YOLOXLrUpdaterHook', 'IterTimerHook', 'DistSamplerSeedHook',
+           'folder_for', 'mean_buffers', 'check_files', 'CheckpointHook']
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #0fc38329
 import time, warnings
+from pathlib import Path
 import torch
-from ..core.registry import HOOKS
+import torch.distributed as dist
+from ..core.registry import HOOKS, nearest
 from .checkpoints import keep_last
-from .schedules import POLICIES, lr_at, read_lr_config
+from .schedules import check_options, lr_at, read_lr_config
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #c9c2beb6
 PRIORITIES = dict(HIGHEST=0, VERY_HIGH=10, HIGH=30, ABOVE_NORMAL=40, NORMAL=50, BELOW_NORMAL=60, LOW=70, VERY_LOW=90, LOWEST=100)
@@ -176,7 +181,7 @@ class LrUpdaterHook(Hook):
         **options,       # `by_epoch`, `warmup...` and what the policy takes
     ):
         self.cfg = dict(options, policy=policy or self.policy)
-        read_lr_config(self.cfg)
+        check_options(self.cfg['policy'], *read_lr_config(self.cfg)[:2])
 
     def before_run(self, runner):
         "Remember the base rates."
@@ -191,10 +196,31 @@ class LrUpdaterHook(Hook):
             if base not in known or cfg is not self.cfg: known[base] = lr_at(cfg, base, *now)
             g['lr'] = known[base]
 
-for _name in POLICIES:
-    _title = _name[:1].upper() + _name[1:] + 'LrUpdaterHook'
-    _own = dict(policy=_name, __module__=__name__, __doc__=f'Policy `{_name}`.')
-    HOOKS.register_module(name=_title, force=True, module=type(_title, (LrUpdaterHook,), _own))
+# %% ../../nbs/14_engine/04_hooks.ipynb #590e79df
+@HOOKS.register_module()
+class FixedLrUpdaterHook(LrUpdaterHook): "The same rate all the time."; policy = 'fixed'
+@HOOKS.register_module()
+class StepLrUpdaterHook(LrUpdaterHook): "Stairs."; policy = 'step'
+@HOOKS.register_module()
+class ExpLrUpdaterHook(LrUpdaterHook): "The same factor again and again."; policy = 'exp'
+@HOOKS.register_module()
+class PolyLrUpdaterHook(LrUpdaterHook): "A power of what is left."; policy = 'poly'
+@HOOKS.register_module()
+class InvLrUpdaterHook(LrUpdaterHook): "Slower and slower."; policy = 'inv'
+@HOOKS.register_module()
+class CosineAnnealingLrUpdaterHook(LrUpdaterHook): "Half a cosine."; policy = 'CosineAnnealing'
+@HOOKS.register_module()
+class FlatCosineAnnealingLrUpdaterHook(LrUpdaterHook): "Flat, then half a cosine."; policy = 'FlatCosineAnnealing'
+@HOOKS.register_module()
+class LinearAnnealingLrUpdaterHook(LrUpdaterHook): "A straight line."; policy = 'LinearAnnealing'
+@HOOKS.register_module()
+class CosineRestartLrUpdaterHook(LrUpdaterHook): "Half a cosine, several times."; policy = 'CosineRestart'
+@HOOKS.register_module()
+class CyclicLrUpdaterHook(LrUpdaterHook): "Up and down, several times."; policy = 'cyclic'
+@HOOKS.register_module()
+class OneCycleLrUpdaterHook(LrUpdaterHook): "Up once and down once."; policy = 'OneCycle'
+@HOOKS.register_module()
+class YOLOXLrUpdaterHook(LrUpdaterHook): "A parabola up, half a cosine down, flat."; policy = 'YOLOX'
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #4dee3d99
 @HOOKS.register_module()
@@ -223,6 +249,30 @@ class DistSamplerSeedHook(Hook):
             if hasattr(part, 'set_epoch'): part.set_epoch(runner.epoch); break
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #621680b6
+def folder_for(
+    out_dir,  # as in a config, or None
+    work_dir, # of the run, or None
+):            # a folder, or None
+    "As in the zoo, `out_dir` is the home of many runs."
+    return Path(out_dir)/Path(work_dir).name if out_dir and work_dir else out_dir or work_dir
+
+def mean_buffers(
+    model, # wrapped or not
+):
+    "Give floating-point buffers their mean over all processes."
+    if not (dist.is_available() and dist.is_initialized()): return
+    for b in model.buffers():
+        if b.is_floating_point(): dist.all_reduce(b); b /= dist.get_world_size()
+
+# %% ../../nbs/14_engine/04_hooks.ipynb #457be0fe
+def check_files(
+    client, # `file_client_args` of a config
+):
+    "A sentence for stores that are no disk."
+    if client and dict(client).get('backend', 'disk') != 'disk':
+        raise ValueError(f'file_client_args={client}: files are written to a disk. Mount the store as a folder, and set out_dir.')
+
+# %% ../../nbs/14_engine/04_hooks.ipynb #3dba511e
 @HOOKS.register_module()
 class CheckpointHook(Hook):
     "Save every so many epochs or iterations."
@@ -230,13 +280,19 @@ class CheckpointHook(Hook):
         interval:int=-1,           # in epochs or iterations; below 1: only at the end
         by_epoch:bool=True,        # `epoch_3.pth` after epochs, or `iter_500.pth` after iterations
         save_optimizer:bool=True,  # needed to resume
-        out_dir=None,              # default: `work_dir`
+        out_dir=None,              # `OUT_DIR/NAME_OF_WORK_DIR` instead of `work_dir`
         max_keep_ckpts:int=-1,     # remove all but the newest; below 1: keep all
         save_last:bool=True,       # also after the last epoch or iteration
-        **kwargs,                  # `meta`, for the file
+        sync_buffer:bool=False,    # before saving, average running means and the like over all processes
+        file_client_args=None,     # must be None or `dict(backend='disk')`
+        **kwargs,                  # of the runner's `save_checkpoint`: `meta`, `filename_tmpl`, `create_symlink`
     ):
+        known = ('meta', 'filename_tmpl', 'create_symlink'); check_files(file_client_args)
+        for k in kwargs:
+            if k not in known: raise TypeError(f'CheckpointHook has no setting {k!r}{nearest(k, known)}')
         self.interval,self.by_epoch,self.save_optimizer,self.out_dir = interval,by_epoch,save_optimizer,out_dir
-        self.keep,self.save_last,self.kwargs = max_keep_ckpts,save_last,{k: v for k,v in kwargs.items() if k == 'meta'}
+        self.keep,self.save_last,self.sync,self.kwargs = max_keep_ckpts,save_last,sync_buffer,kwargs
+        self.template = self.kwargs.pop('filename_tmpl', 'epoch_{}.pth' if by_epoch else 'iter_{}.pth')
 
     def save(self,
         runner,     # at an `after_train_*` point
@@ -244,9 +300,10 @@ class CheckpointHook(Hook):
     ):
         "Save if it is time."
         if not (every(done, self.interval) or (self.save_last and is_last(runner, self.by_epoch))): return
-        folder,template = self.out_dir or runner.work_dir,'epoch_{}.pth' if self.by_epoch else 'iter_{}.pth'
-        runner.save_checkpoint(folder, template.format(done+1), self.save_optimizer, **self.kwargs)
-        keep_last(folder, template, done+1, self.keep)
+        folder = folder_for(self.out_dir, runner.work_dir)
+        if self.sync: mean_buffers(runner.model)
+        runner.save_checkpoint(folder, self.template.format(done+1), self.save_optimizer, **self.kwargs)
+        keep_last(folder, self.template, done+1, self.keep)
 
     def after_train_epoch(self, runner):
         "After an epoch."

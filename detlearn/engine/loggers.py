@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from ..core.registry import HOOKS
-from .hooks import Hook, end_of_epoch, every
+from .hooks import Hook, check_files, end_of_epoch, every, folder_for
 from .runner import gather_objects, get_dist_info
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #663f99c9
@@ -75,13 +75,12 @@ class LoggerHook(Hook):
         ignore_last:bool=True,  # nothing for the rest of an epoch, unless it would be the epoch's only record
         reset_flag:bool=False,  # accepted
         by_epoch:bool=True,     # count iterations within the epoch, or over the run
-        out_dir=None,           # of the files; default: `work_dir`
-        **kwargs,               # accepted: settings of the zoo for remote storage
+        out_dir=None,           # of the files: `OUT_DIR/NAME_OF_WORK_DIR`; None: `work_dir`
     ): self.by_epoch,self.interval,self.ignore_last,self.out_dir = by_epoch,interval,ignore_last,out_dir
 
     def before_run(self, runner):
         "Where the files go; None without a folder."
-        folder = self.out_dir or runner.work_dir
+        folder = folder_for(self.out_dir, runner.work_dir)
         self.folder = Path(folder) if folder and get_dist_info()[0] == 0 else None
         self.name = getattr(runner, 'timestamp', 'run')
         if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +122,21 @@ def mean_of_processes(
 @HOOKS.register_module()
 class TextLoggerHook(LoggerHook):
     "A line on the console and in `WORK_DIR/TIMESTAMP.log.json`, at an interval."
+    def __init__(self,
+        by_epoch:bool=True,         # see `LoggerHook`
+        interval:int=10,            # iterations between two records
+        ignore_last:bool=True,      # see `LoggerHook`
+        reset_flag:bool=False,      # accepted
+        interval_exp_name:int=1000, # iterations between two lines with `meta['exp_name']`
+        out_dir=None,               # see `LoggerHook`: what stands there is written at once, not copied at the end
+        out_suffix=('.log.json', '.log', '.py'), # accepted
+        keep_local:bool=True,       # accepted
+        file_client_args=None,      # must be None or `dict(backend='disk')`
+    ):
+        super().__init__(interval, ignore_last, reset_flag, by_epoch, out_dir)
+        check_files(file_client_args)
+        self.interval_exp_name = interval_exp_name
+
     def before_run(self, runner):
         "Begin the file with what is known about the run."
         super().before_run(runner)
@@ -140,7 +154,9 @@ class TextLoggerHook(LoggerHook):
         runner,   # says the line
         rec:dict, # from `record`
     ):
-        "Both lines."
+        "Both lines; now and then, whose they are."
+        name = (runner.meta or {}).get('exp_name')
+        if name and rec['mode'] == 'train' and (every(runner.iter, self.interval_exp_name) or end_of_epoch(runner)): runner.say(f'Exp name: {name}')
         self.dump(rec); runner.say(log_line(rec, runner))
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #76e7abcb

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOMENTA', 'one_cycle_momentum', 'step_momentum', 'cyclic_momentum', 'cosine_momentum', 'linear_momentum',
-           'momentum_at', 'MomentumUpdaterHook']
+           'momentum_at', 'of_group', 'MomentumUpdaterHook', 'StepMomentumUpdaterHook',
+           'CosineAnnealingMomentumUpdaterHook', 'LinearAnnealingMomentumUpdaterHook', 'CyclicMomentumUpdaterHook',
+           'OneCycleMomentumUpdaterHook']
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #16254006
 from ..core.registry import HOOKS, call, nearest
@@ -98,6 +100,15 @@ def momentum_at(
     return value/warmup_factor(common['warmup'], it, common['warmup_iters'], common['warmup_ratio'])
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #5a531861
+def of_group(
+    cfg:dict, # a policy; `base_momentum` and `max_momentum` of a cycle may be lists, one number for each group
+    i:int,    # number of the group
+)->dict:      # with plain numbers
+    "The policy of one group of parameters."
+    one = lambda v: v[i] if isinstance(v, (list, tuple)) else v
+    return {k: one(v) if k in ('base_momentum', 'max_momentum') else v for k,v in cfg.items()}
+
+# %% ../../nbs/14_engine/12_momentum.ipynb #ed0bede7
 @HOOKS.register_module()
 class MomentumUpdaterHook(Hook):
     "Set the momentum of each group before each step."
@@ -105,7 +116,9 @@ class MomentumUpdaterHook(Hook):
     def __init__(self,
         policy:str=None, # as in `momentum_config`; a class like `StepMomentumUpdaterHook` knows its own
         **options,       # `by_epoch`, `warmup...` and what the policy takes
-    ): self.cfg = dict(options, policy=policy or self.policy)
+    ):
+        self.cfg = dict(options, policy=policy or self.policy)
+        momentum_at(of_group(self.cfg, 0), .9, 0, 0, 10, 10)       # what is wrong with it is said now
 
     def before_run(self, runner):
         "Remember the momenta; an optimizer without one is an error."
@@ -117,12 +130,19 @@ class MomentumUpdaterHook(Hook):
     def before_train_iter(self, runner):
         "The momentum of this iteration."
         now = runner.epoch,runner.iter,runner.max_epochs,runner.max_iters
-        for g in runner.optimizer.param_groups:
-            m = momentum_at(self.cfg, g['initial_momentum'], *now)
+        for i,g in enumerate(runner.optimizer.param_groups):
+            m = momentum_at(of_group(self.cfg, i), g['initial_momentum'], *now)
             if 'momentum' in g: g['momentum'] = m
             else: g['betas'] = m,g['betas'][1]
 
-for _name in MOMENTA:
-    _own = dict(policy=_name, __module__=__name__, __doc__=f'Policy `{_name}`.')
-    HOOKS.register_module(name=_name + 'MomentumUpdaterHook', force=True,
-                          module=type(_name + 'MomentumUpdaterHook', (MomentumUpdaterHook,), _own))
+# %% ../../nbs/14_engine/12_momentum.ipynb #f022b6a5
+@HOOKS.register_module()
+class StepMomentumUpdaterHook(MomentumUpdaterHook): "Stairs."; policy = 'Step'
+@HOOKS.register_module()
+class CosineAnnealingMomentumUpdaterHook(MomentumUpdaterHook): "Half a cosine."; policy = 'CosineAnnealing'
+@HOOKS.register_module()
+class LinearAnnealingMomentumUpdaterHook(MomentumUpdaterHook): "A straight line."; policy = 'LinearAnnealing'
+@HOOKS.register_module()
+class CyclicMomentumUpdaterHook(MomentumUpdaterHook): "Down and up, several times."; policy = 'Cyclic'
+@HOOKS.register_module()
+class OneCycleMomentumUpdaterHook(MomentumUpdaterHook): "Down once and up once."; policy = 'OneCycle'

@@ -6,8 +6,8 @@
 __all__ = ['sampler_of', 'place_of_loader', 'batches_from', 'get_dist_info', 'gather_objects', 'anybody', 'say_once', 'StopAsked',
            'BaseRunner', 'as_hook', 'log_hooks', 'training_hooks', 'policy_config', 'progress', 'save_runner',
            'whereabouts', 'resume_runner', 'load_hooks', 'train_iter', 'open_epoch', 'to_model', 'next_batch',
-           'EpochBasedRunner', 'as_loaders', 'check_workflow', 'validate', 'running', 'interrupted', 'IterBasedRunner',
-           'build_runner']
+           'EpochBasedRunner', 'as_loaders', 'check_workflow', 'validate', 'running', 'interrupted', 'Runner',
+           'IterBasedRunner', 'build_runner']
 
 # %% ../../nbs/14_engine/05_runner.ipynb #64b55916
 import os, signal, time, warnings
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from ..core.registry import HOOKS, RUNNERS, call
+from ..core.registry import HOOKS, RUNNERS, call, settings_of
 from ..detectors.single_stage import parse_losses
 from .checkpoints import capture_rng, find_latest, link_latest, load_checkpoint
 from .checkpoints import restore_rng, resume_checkpoint, same_rng, save_checkpoint
@@ -209,8 +209,8 @@ def log_hooks(
 )->list:           # hooks and configs
     "The loggers of a config; each gets the common interval."
     common = dict(interval=(cfg or {}).get('interval', 10), by_epoch=by_epoch)
-    return [h if isinstance(h, Hook) or 'Logger' not in h['type'] else dict(common, **h)
-            for h in (cfg or {}).get('hooks', [])]
+    fit = lambda h: {k: v for k,v in common.items() if k in settings_of(HOOKS.find(h['type'], 'log_config.hooks'))[0]}
+    return [h if isinstance(h, Hook) else {**fit(h), **h} for h in (cfg or {}).get('hooks', [])]
 
 # %% ../../nbs/14_engine/05_runner.ipynb #e1a0d831
 def training_hooks(
@@ -494,6 +494,11 @@ def interrupted(
         return runner.say(f'Stopped at once near {where}; nothing was saved.')
     path = save_runner(runner, runner.work_dir, 'interrupted.pth')
     runner.say(f'Interrupted at {where}; saved {path}.\nresume with: {runner.resume_hint.format(path)}')
+
+# %% ../../nbs/14_engine/05_runner.ipynb #1d9f67fa
+@RUNNERS.register_module()
+class Runner(EpochBasedRunner):
+    "The zoo's old name of `EpochBasedRunner`."
 
 # %% ../../nbs/14_engine/05_runner.ipynb #38dd30da
 @RUNNERS.register_module()

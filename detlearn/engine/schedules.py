@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['POLICIES', 'ANNEAL', 'policy', 'fixed_lr', 'step_lr', 'exp_lr', 'poly_lr', 'inv_lr', 'target_lr', 'half_cosine',
            'cosine_annealing_lr', 'flat_cosine_lr', 'linear_annealing_lr', 'cosine_restart_lr', 'cyclic_lr',
-           'one_cycle_lr', 'yolox_lr', 'yolox_warmup', 'warmup_factor', 'read_lr_config', 'check_warmup', 'lr_at',
-           'as_torch_scheduler']
+           'one_cycle_lr', 'yolox_lr', 'yolox_warmup', 'warmup_factor', 'read_lr_config', 'check_options',
+           'check_warmup', 'lr_at', 'as_torch_scheduler']
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #df7562de
 import math
 from itertools import accumulate
-from ..core.registry import call, nearest
+from ..core.registry import call, nearest, settings_of
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #7031168d
 POLICIES = {} # name in `lr_config` -> `f(base, t, T, **options)`
@@ -261,6 +261,19 @@ def read_lr_config(
     if common['by_epoch'] and f in (cyclic_lr, one_cycle_lr):
         raise ValueError(f'lr_config: {name} counts iterations; leave out by_epoch=True.')
     return f,options,common
+
+# %% ../../nbs/14_engine/01_schedules.ipynb #70d045fc
+def check_options(
+    name:str,    # of the policy, as it was written
+    f,           # its function
+    options:dict,# what the config says beside `warmup*` and `by_epoch`
+):
+    "Errors for options that a policy does not have, or lacks."
+    names,needs,_ = settings_of(f); filled_in = ('base', 't', 'T', 'epoch_len', 'warmup_iters')
+    for k in options:
+        if k not in names: raise TypeError(f'lr_config: policy {name!r} has no setting {k!r}{nearest(k, [n for n in names if n not in filled_in])}')
+    for k in needs:
+        if k not in options and k not in filled_in: raise TypeError(f'lr_config: policy {name!r} needs {k!r}')
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #f9976f23
 def check_warmup(
