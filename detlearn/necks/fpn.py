@@ -21,7 +21,7 @@ def top_down(
     maps = list(laterals)
     for i in range(len(maps)-1, 0, -1):
         size = {} if 'scale_factor' in upsample_cfg else dict(size=maps[i-1].shape[2:])
-        maps[i-1] = maps[i-1] + F.interpolate(maps[i], **size, **upsample_cfg)
+        maps[i-1] = F.interpolate(maps[i], **size, **upsample_cfg).add_(maps[i-1]) # into the fresh map: one less to write
     return maps
 
 # %% ../../nbs/05_necks/01_fpn.ipynb #39048e82
