@@ -3,7 +3,7 @@
 One graph for the compiler and for export; nothing on the wrong device; any size of image; an image gives the same alone and in a batch; the
 layout of memory does not matter; half precision stays finite. Settings are small ones from below, or those of the first golden model of the type.
 """
-import importlib, warnings
+import importlib
 import pytest
 import torch
 import torchvision
@@ -142,6 +142,18 @@ def test_norms_fold_away(make, shapes, image):
     standardised = any(type(m).__name__ == 'ConvAWS' for m in net.modules())   # its stored weights are not what it uses
     assert left(fused) < left(net) or left(net) == 0 or standardised
     same(fused(x), net(x), 1e-3)
+
+
+@pytest.mark.parametrize('cls', list(dict.fromkeys(BACKBONES.values())), ids=lambda c: c.__name__)
+def test_init_cfg_of_a_backbone(cls):
+    kw = SMALL[cls.__name__][0]
+    net = cls(**kw, init_cfg=dict(type='Constant', layer='Conv2d', val=.125))
+    own = {c for m in net.modules() if type(m).__name__ == 'SAC' for c in m.children()}   # start as they must, whatever a rule says
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m not in own]
+    assert convs and all((m.weight == .125).all() for m in convs)
+    if cls.__name__ in ('CSPDarknet', 'EfficientNet', 'EfficientNetLite'): return            # have no pretrained, as in the zoo
+    assert cls(**kw, pretrained='a.pth').init_cfg == dict(type='Pretrained', checkpoint='a.pth')
+    with pytest.raises(ValueError, match='keep init_cfg'): cls(**kw, pretrained='a.pth', init_cfg=dict(type='Constant', layer='Conv2d'))
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101])

@@ -15,7 +15,7 @@ from ..layers.context import SPPBottleneck
 from ..layers.conv_module import ConvModule
 from ..layers.convolutions import DepthwiseSeparableConvModule
 from ..layers.initialize import initialize
-from .resnet import Freezable
+from .resnet import Freezable, chosen_maps
 
 # %% ../../nbs/04_backbones/10_csp_darknet.ipynb #62823313
 def to_channels(
@@ -136,15 +136,10 @@ class CSPDarknet(Freezable):
     def freeze(self):
         "Fix the stages up to `frozen_stages`."
         for name in self.layers[:self.frozen_stages+1]:
-            m = getattr(self, name); m.eval()
-            for p in m.parameters(): p.requires_grad = False
+            getattr(self, name).eval().requires_grad_(False)
 
     def forward(self,
         x,       # `(B, 3, H, W)`
     )->tuple:    # a map for each of `out_indices`
         "Maps of the chosen stages, finest first."
-        outs = []
-        for i,name in enumerate(self.layers):
-            x = getattr(self, name)(x)
-            if i in self.out_indices: outs.append(x)
-        return tuple(outs)
+        return chosen_maps(x, [getattr(self, name) for name in self.layers], self.out_indices)

@@ -9,7 +9,9 @@ __all__ = ['DarknetBlock', 'darknet_stage', 'Darknet']
 from torch import nn, Tensor
 from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule
-from .resnet import Freezable
+from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
+from .resnet import Freezable, chosen_maps
 
 # %% ../../nbs/04_backbones/09_darknet.ipynb #2a488b19
 class DarknetBlock(nn.Module):
@@ -60,25 +62,20 @@ class Darknet(Freezable):
         if depth not in self.archs: raise ValueError(f'Darknet: depth={depth}; choose from {sorted(self.archs)}')
         if not set(out_indices) <= set(range(6)): raise ValueError(f'Darknet: out_indices={out_indices}; stages are 0 to 5')
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
+        self.init_cfg = weights_from(pretrained, init_cfg)
         cfg,(blocks,channels) = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),self.archs[depth]
         self.conv1 = ConvModule(3, 32, 3, padding=1, **cfg)
         for i,(n,(a,b)) in enumerate(zip(blocks, channels), 1): self.add_module(f'conv_res_block{i}', darknet_stage(a, b, n, **cfg))
         self.cr_blocks = ['conv1'] + [f'conv_res_block{i+1}' for i in range(len(blocks))]
-        self.freeze()
+        initialize(self, own_rules(init_cfg)); self.freeze()
 
     def freeze(self):
         "Fix the first `frozen_stages` stages."
         for name in self.cr_blocks[:max(self.frozen_stages, 0)]:
-            m = getattr(self, name); m.eval()
-            for p in m.parameters(): p.requires_grad = False
+            getattr(self, name).eval().requires_grad_(False)
 
     def forward(self,
         x,       # `(B, 3, H, W)`
     )->tuple:    # a map for each of `out_indices`
         "Maps of the chosen stages, finest first."
-        outs = []
-        for i,name in enumerate(self.cr_blocks):
-            x = getattr(self, name)(x)
-            if i in self.out_indices: outs.append(x)
-        return tuple(outs)
+        return chosen_maps(x, [getattr(self, name) for name in self.cr_blocks], self.out_indices)

@@ -10,6 +10,8 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule
+from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
 from .resnet import BasicBlock, res_layer
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #e5c13bb3
@@ -77,7 +79,7 @@ class HourglassNet(nn.Module):
     ):
         super().__init__()
         check_stacks(downsample_times, num_stacks, stage_channels, stage_blocks)
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
+        self.init_cfg = weights_from(pretrained, init_cfg)
         c,k = stage_channels[0],num_stacks
         brick = lambda a,b,*args,**kw: ConvModule(a, b, *args, norm_cfg=norm_cfg, **kw)
         self.stem = nn.Sequential(brick(3, c//2, 7, padding=3, stride=2), res_layer(BasicBlock, c//2, c, 1, 2, norm_cfg=norm_cfg))
@@ -88,6 +90,7 @@ class HourglassNet(nn.Module):
         self.remap_convs = nn.ModuleList(brick(feat_channel, c, 1, act_cfg=None) for _ in range(k-1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): m.reset_parameters()
+        initialize(self, own_rules(init_cfg))
 
     def forward(self,
         x,       # `(B, 3, H, W)`

@@ -10,6 +10,7 @@ from torch import nn
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_conv_layer, build_norm_layer
+from .pretrained import weights_from
 from .resnet import BasicBlock, Bottleneck, Freezable, res_layer, start_weights
 
 # %% ../../nbs/04_backbones/07_hrnet.ipynb #2686d2d3
@@ -102,7 +103,7 @@ class HRNet(Freezable):
         super().__init__()
         check_extra(extra)
         self.extra,self.norm_eval,self.cfg = extra,norm_eval,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
+        self.init_cfg = weights_from(pretrained, init_cfg)
         for i,c in ((1, in_channels), (2, 64)):
             self.add_module(f'conv{i}', build_conv_layer(conv_cfg, c, 64, 3, stride=2, padding=1, bias=False))
             name,norm = build_norm_layer(norm_cfg, 64, i); self.add_module(name, norm); setattr(self, f'norm{i}_name', name)
@@ -116,7 +117,7 @@ class HRNet(Freezable):
             make = lambda m: HRModule(HR_BLOCKS[stage['block']], stage['num_blocks'], wanted, stage['num_channels'], m, with_cp, **self.cfg)
             self.add_module(f'stage{s}', nn.Sequential(*map(make, all_out)))
             channels = wanted
-        start_weights(self, zero_init_residual)
+        start_weights(self, zero_init_residual, init_cfg)
 
     def freeze(self):
         "Nothing is fixed in this net but, with `norm_eval`, the statistics."

@@ -10,7 +10,9 @@ from torch import nn
 from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule
 from .efficientnet import InvertedResidual, make_divisible
-from .resnet import Freezable
+from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
+from .resnet import Freezable, chosen_maps
 
 # %% ../../nbs/04_backbones/12_mobilenet_v2.ipynb #fabd2804
 MOBILE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)) # widening, channels, blocks, stride
@@ -44,7 +46,7 @@ class MobileNetV2(Freezable):
         if not set(out_indices) <= set(range(8)): raise ValueError(f'MobileNetV2: out_indices={out_indices}; stages are 0 to 7')
         if frozen_stages not in range(-1, 8): raise ValueError(f'MobileNetV2: frozen_stages={frozen_stages}; choose -1 to 7')
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
+        self.init_cfg = weights_from(pretrained, init_cfg)
         cfg,c = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),make_divisible(32*widen_factor, 8)
         self.conv1,self.layers = ConvModule(3, c, 3, 2, 1, **cfg),[]
         for i,(expand,channels,n,stride) in enumerate(MOBILE, 1):
@@ -52,20 +54,15 @@ class MobileNetV2(Freezable):
             self.add_module(f'layer{i}', mobile_stage(c, out, n, stride, expand, with_cp=with_cp, **cfg))
             self.layers.append(f'layer{i}'); c = out
         self.conv2 = ConvModule(c, int(1280*max(widen_factor, 1)), 1, **cfg)
-        self.layers.append('conv2'); self.freeze()
+        self.layers.append('conv2'); initialize(self, own_rules(init_cfg)); self.freeze()
 
     def freeze(self):
         "Fix the stem and the first stages, as `frozen_stages` says."
         for name in (['conv1'] + self.layers)[:self.frozen_stages+1]:
-            m = getattr(self, name); m.eval()
-            for p in m.parameters(): p.requires_grad = False
+            getattr(self, name).eval().requires_grad_(False)
 
     def forward(self,
         x,       # `(B, 3, H, W)`
     )->tuple:    # a map for each of `out_indices`
         "Maps of the chosen stages, finest first."
-        x,outs = self.conv1(x),[]
-        for i,name in enumerate(self.layers):
-            x = getattr(self, name)(x)
-            if i in self.out_indices: outs.append(x)
-        return tuple(outs)
+        return chosen_maps(self.conv1(x), [getattr(self, name) for name in self.layers], self.out_indices)

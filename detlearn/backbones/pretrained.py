@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'LoadReport', 'strip_prefix', 'load_state', 'read_file', 'fetch', 'in_package', 'read_weights',
-           'load_pretrained']
+           'weights_from', 'own_rules', 'load_pretrained']
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #a094b53d
 import hashlib, importlib.util, os, pickle, re
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core.registry import nearest
+from ..layers.initialize import as_list
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #65fa2e4c
 @dataclass
@@ -131,13 +132,31 @@ def read_weights(
     return state.get('state_dict', state)
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #1c313aa0
+def weights_from(
+    pretrained, # the older setting: a source, see `read_weights`, or None
+    init_cfg,   # the newer one: where weights come from, or None
+)->dict|list|None: # as `init_cfg`
+    "One setting from the two."
+    if pretrained is None: return init_cfg
+    if init_cfg is not None: raise ValueError(f'pretrained={pretrained!r} and init_cfg={init_cfg} say where weights come from; keep init_cfg')
+    if not isinstance(pretrained, str): raise TypeError(f'pretrained={pretrained!r}: give a path, torchvision://NAME, package://NAME or a url')
+    return dict(type='Pretrained', checkpoint=pretrained)
+
+def own_rules(
+    init_cfg,   # rule, list of rules, or None
+)->list:        # rules that fill weights when a part is made, see `initialize`; the others name a file
+    "What does not come from a file."
+    return [c for c in as_list(init_cfg) if c.get('type') != 'Pretrained']
+
+# %% ../../nbs/04_backbones/00_pretrained.ipynb #9ec2e1da
 def load_pretrained(
     model:nn.Module, # every part with `init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)` is filled
 )->dict:             # part name: `LoadReport`
     "Load the weights that the parts of a model ask for, and print what happened."
     reports = {}
     for name,part in model.named_modules():
-        for cfg in [c for c in ([part.init_cfg] if isinstance(getattr(part, 'init_cfg', None), dict) else getattr(part, 'init_cfg', None) or []) if c.get('type') == 'Pretrained']:
+        for cfg in as_list(getattr(part, 'init_cfg', None)):
+            if cfg.get('type') != 'Pretrained': continue
             state = strip_prefix(read_weights(cfg['checkpoint'], cfg.get('sha256')), cfg['prefix'].rstrip('.')+'.' if cfg.get('prefix') else '')
             state = part.map_weights(state) if hasattr(part, 'map_weights') else state
             reports[name] = load_state(part, state)

@@ -12,9 +12,11 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
+from ..layers.attention import MultiheadAttention
 from ..layers.conv_module import build_activation_layer, build_norm_layer
 from ..layers.drop import build_dropout, drop_rates
 from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
 from .swin import PatchEmbed, to_map, to_rows
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #56f55e49
@@ -40,7 +42,7 @@ class AbsolutePositionEmbedding(nn.Module):
         return self.drop(x + to_rows(at))
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #04e655a9
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(MultiheadAttention):
     "Attention whose keys and values come from a smaller map."
     def __init__(self,
         embed_dims:int,      # of a row
@@ -51,9 +53,8 @@ class SpatialReductionAttention(nn.Module):
         norm_cfg=dict(type='LN'), # recipe of the norm behind the shrinking
         sr_ratio:int=1,      # the map is shrunken by it; 1: not
     ):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(embed_dims, num_heads, attn_drop, bias=qkv_bias, batch_first=True)
-        self.proj_drop,self.dropout_layer,self.sr_ratio = nn.Dropout(proj_drop),build_dropout(dropout_layer),sr_ratio
+        super().__init__(embed_dims, num_heads, attn_drop, proj_drop, dropout_layer, batch_first=True, bias=qkv_bias)
+        self.sr_ratio = sr_ratio
         if sr_ratio > 1:
             self.sr = nn.Conv2d(embed_dims, embed_dims, sr_ratio, sr_ratio)
             self.norm = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -73,9 +74,7 @@ class SpatialReductionAttention(nn.Module):
         identity=None,  # what is added; default: `x`
     )->Tensor:          # same shape
         "Ask the small map, add."
-        keys = self.asked(x, size)
-        y = self.attn(x, keys, keys, need_weights=False)[0]
-        return (x if identity is None else identity) + self.dropout_layer(self.proj_drop(y))
+        return super().forward(x, self.asked(x, size), identity=identity)
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #36693706
 class MixFFN(nn.Module):
@@ -156,7 +155,7 @@ class PyramidVisionTransformer(nn.Module):
         short = [k for k,v in lists.items() if len(v) != num_stages]
         if short or max(out_indices) >= num_stages: raise ValueError(f'PyramidVisionTransformer: {short or "out_indices"} must fit num_stages={num_stages}')
         self.out_indices,self.convert_weights,self.layers = out_indices,convert_weights,nn.ModuleList()
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if isinstance(pretrained, str) else init_cfg
+        self.init_cfg = weights_from(pretrained, init_cfg)
         rates,shrink = iter(drop_rates(drop_path_rate, sum(num_layers))),1
         for i in range(num_stages):
             c,shrink = embed_dims*num_heads[i],shrink*patch_sizes[i]
@@ -165,7 +164,7 @@ class PyramidVisionTransformer(nn.Module):
             layers += [PVTLayer(c, num_heads[i], mlp_ratios[i]*c, drop_rate, attn_drop_rate, next(rates), qkv_bias, act_cfg, norm_cfg, sr_ratios[i], use_conv_ffn) for _ in range(num_layers[i])]
             norm = build_norm_layer(norm_cfg, c)[1] if norm_after_stage else nn.Identity()
             self.layers.append(nn.ModuleList([patches, nn.ModuleList(layers), norm])); in_channels = c
-        initialize(self, [dict(type='TruncNormal', layer='Linear', std=.02), dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', layer='LayerNorm', val=1)])
+        initialize(self, own_rules(init_cfg) or [dict(type='TruncNormal', layer='Linear', std=.02), dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', layer='LayerNorm', val=1)])
 
     def map_weights(self,
         state:dict, # names and tensors

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_conv_layer, build_norm_layer
-from .resnet import Bottleneck, ResNet, res_layer
+from .resnet import Bottleneck, ResNet, middle_cfg, res_layer
 
 # %% ../../nbs/04_backbones/04_res2net.ipynb #e8cf8f9e
 def chain_parts(
@@ -53,8 +53,7 @@ class ChainBottleneck(Bottleneck):
         width = math.floor(planes*(base_width/base_channels))
         super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg, norm_cfg=norm_cfg, width=width*scales, **kwargs)
         del self.conv2; delattr(self, self.steps[1][1])
-        cfg,middle = dict(dcn or {}),stride if style == 'pytorch' else 1
-        if cfg.pop('fallback_on_stride', False) or not dcn: cfg = conv_cfg
+        cfg,middle = middle_cfg(dcn, conv_cfg),stride if style == 'pytorch' else 1
         self.convs = nn.ModuleList(build_conv_layer(cfg, width, width, 3, stride=middle, padding=dilation, dilation=dilation, bias=False) for _ in range(scales-1))
         self.bns = nn.ModuleList(build_norm_layer(norm_cfg, width)[1] for _ in range(scales-1))
         self.alone = stage_type == 'stage'
@@ -64,14 +63,10 @@ class ChainBottleneck(Bottleneck):
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H', W')`, before the activation
         "1×1, chain, 1×1, plus the input."
-        def behind(y, place):
-            for name in self.behind.get(place, ()): y = getattr(self, name)(y)
-            return y
         (first,norm1),_,(last,norm3) = self.steps
-        y = behind(F.relu(getattr(self, norm1)(getattr(self, first)(x))), 1)
-        y = behind(chain_parts(y, self.convs, self.bns, self.alone, self.pool), 2)
-        y = behind(getattr(self, norm3)(getattr(self, last)(y)), 3)
-        return y + (x if self.downsample is None else self.downsample(x))
+        y = self.plugged(F.relu(getattr(self, norm1)(getattr(self, first)(x))), 1)
+        y = self.plugged(chain_parts(y, self.convs, self.bns, self.alone, self.pool), 2)
+        return self.joined(self.plugged(getattr(self, norm3)(getattr(self, last)(y)), 3), x)
 
 # %% ../../nbs/04_backbones/04_res2net.ipynb #b570403a
 @BACKBONES.register_module()

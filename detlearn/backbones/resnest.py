@@ -10,7 +10,7 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import BACKBONES
 from ..layers.conv_module import build_conv_layer, build_norm_layer
-from .resnet import Bottleneck, ResNet
+from .resnet import Bottleneck, ResNet, middle_cfg
 from .resnext import group_width
 
 # %% ../../nbs/04_backbones/05_resnest.ipynb #cebc7aa8
@@ -40,9 +40,7 @@ class SplitAttentionConv2d(nn.Module):
     ):
         super().__init__()
         self.radix,self.groups,inside = radix,groups,max(in_channels*radix//reduction_factor, 32)
-        cfg = dict(dcn or {})
-        if cfg.pop('fallback_on_stride', False) or not dcn: cfg = conv_cfg
-        self.conv = build_conv_layer(cfg, in_channels, channels*radix, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups*radix, bias=False)
+        self.conv = build_conv_layer(middle_cfg(dcn, conv_cfg), in_channels, channels*radix, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups*radix, bias=False)
         (self.norm0_name,norm0),(self.norm1_name,norm1) = build_norm_layer(norm_cfg, channels*radix, 0),build_norm_layer(norm_cfg, inside, 1)
         self.add_module(self.norm0_name, norm0); self.add_module(self.norm1_name, norm1)
         self.fc1,self.fc2 = nn.Conv2d(channels, inside, 1, groups=groups),nn.Conv2d(inside, channels*radix, 1, groups=groups)
@@ -86,14 +84,10 @@ class SplitBottleneck(Bottleneck):
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H', W')`, before the activation
         "1×1, split attention, average, 1×1, plus the input."
-        def behind(y, place):
-            for name in self.behind.get(place, ()): y = getattr(self, name)(y)
-            return y
         (first,norm1),_,(last,norm3) = self.steps
-        y = self.conv2(behind(F.relu(getattr(self, norm1)(getattr(self, first)(x))), 1))
-        y = behind(self.avd_layer(y) if hasattr(self, 'avd_layer') else y, 2)
-        y = behind(getattr(self, norm3)(getattr(self, last)(y)), 3)
-        return y + (x if self.downsample is None else self.downsample(x))
+        y = self.conv2(self.plugged(F.relu(getattr(self, norm1)(getattr(self, first)(x))), 1))
+        y = self.plugged(self.avd_layer(y) if hasattr(self, 'avd_layer') else y, 2)
+        return self.joined(self.plugged(getattr(self, norm3)(getattr(self, last)(y)), 3), x)
 
 # %% ../../nbs/04_backbones/05_resnest.ipynb #6118080a
 @BACKBONES.register_module()

@@ -10,6 +10,8 @@ import warnings
 from torch import nn
 from ..core.registry import BACKBONES
 from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
+from .resnet import chosen_maps
 
 # %% ../../nbs/04_backbones/11_ssd_vgg.ipynb #88c180c8
 VGGS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)} # depth: convolutions of each stage
@@ -49,15 +51,11 @@ class SSDVGG(nn.Module):
                                                                  nn.Conv2d(1024, 1024, 1), nn.ReLU(inplace=True)]
         if max(out_feature_indices) >= len(layers): raise ValueError(f'SSDVGG: out_feature_indices={out_feature_indices}; there are layers 0 to {len(layers)-1}')
         self.features,self.out_feature_indices = nn.Sequential(*layers),out_feature_indices
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
-        initialize(self, [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer='BatchNorm2d'), dict(type='Normal', std=.01, layer='Linear')])
+        self.init_cfg = weights_from(pretrained, init_cfg)
+        initialize(self, own_rules(init_cfg) or [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer='BatchNorm2d'), dict(type='Normal', std=.01, layer='Linear')])
 
     def forward(self,
         x,       # `(B, 3, H, W)`
     )->tuple:    # a map for each of `out_feature_indices`
         "Maps of the chosen layers, finest first."
-        outs = []
-        for i,layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.out_feature_indices: outs.append(x)
-        return tuple(outs)
+        return chosen_maps(x, self.features, self.out_feature_indices)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_rows', 'to_map', 'pad_end', 'PatchEmbed', 'PatchMerging', 'relative_index', 'WindowMSA', 'cut', 'join',
-           'shift_mask', 'ShiftWindowMSA', 'FFN', 'SwinBlock', 'SwinStage', 'SwinTransformer', 'swin_weights']
+           'shift_mask', 'ShiftWindowMSA', 'SwinBlock', 'SwinStage', 'SwinTransformer', 'swin_weights']
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #fedd5874
 import torch
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
-from ..layers.conv_module import build_activation_layer, build_norm_layer
+from ..layers.attention import FFN
+from ..layers.conv_module import build_norm_layer
 from ..layers.convolutions import same_padding
 from ..layers.drop import build_dropout, drop_rates
 from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
 from .resnet import Freezable
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #8554b164
@@ -187,29 +189,6 @@ class ShiftWindowMSA(nn.Module):
         return self.drop(x[:, :h, :w].flatten(1, 2))
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #03d5cb15
-class FFN(nn.Module):
-    "Two linear layers with an activation between, plus the input."
-    def __init__(self,
-        embed_dims:int=256,             # in and out
-        feedforward_channels:int=1024,  # between
-        act_cfg=dict(type='GELU'),      # recipe of the activation
-        ffn_drop:float=0.,              # dropout behind each layer
-        dropout_layer=None,             # recipe, e.g. a `DropPath`
-        add_identity:bool=True,         # add the input
-    ):
-        super().__init__()
-        inner = nn.Sequential(nn.Linear(embed_dims, feedforward_channels), build_activation_layer(act_cfg), nn.Dropout(ffn_drop))
-        self.layers = nn.Sequential(inner, nn.Linear(feedforward_channels, embed_dims), nn.Dropout(ffn_drop))
-        self.dropout_layer,self.add_identity = build_dropout(dropout_layer),add_identity
-
-    def forward(self,
-        x,              # `(..., C)`
-        identity=None,  # what is added; default: `x`
-    )->Tensor:          # same shape
-        "Widen, activate, narrow, add."
-        y = self.dropout_layer(self.layers(x))
-        return (x if identity is None else identity) + y if self.add_identity else y
-
 class SwinBlock(nn.Module):
     "Attention in windows, then two linear layers."
     def __init__(self,
@@ -231,7 +210,7 @@ class SwinBlock(nn.Module):
         path = dict(type='DropPath', drop_prob=drop_path_rate)
         self.norm1,self.norm2 = [build_norm_layer(norm_cfg, embed_dims)[1] for _ in range(2)]
         self.attn = ShiftWindowMSA(embed_dims, num_heads, window_size, window_size//2 if shift else 0, qkv_bias, qk_scale, attn_drop_rate, drop_rate, path)
-        self.ffn,self.with_cp = FFN(embed_dims, feedforward_channels, act_cfg, drop_rate, path),with_cp
+        self.ffn,self.with_cp = FFN(embed_dims, feedforward_channels, act_cfg=act_cfg, ffn_drop=drop_rate, dropout_layer=path),with_cp
 
     def steps(self,
         x,     # `(B, H·W, C)`
@@ -295,7 +274,7 @@ class SwinTransformer(Freezable):
         super().__init__()
         if _pair(patch_size)[0] != strides[0]: raise ValueError(f'SwinTransformer: strides[0]={strides[0]} must be patch_size={patch_size}, patches do not overlap')
         self.out_indices,self.frozen_stages,self.norm_eval,self.convert_weights = out_indices,frozen_stages,False,convert_weights
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if isinstance(pretrained, str) else init_cfg
+        self.init_cfg = weights_from(pretrained, init_cfg)
         self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size, strides[0], norm_cfg=norm_cfg if patch_norm else None)
         if use_abs_pos_embed:
             h,w = [s//p for s,p in zip(_pair(pretrain_img_size), _pair(patch_size))]
@@ -308,7 +287,7 @@ class SwinTransformer(Freezable):
             self.stages.append(SwinStage(depth, down, rates[sum(depths[:i]):], embed_dims=c, num_heads=num_heads[i], feedforward_channels=int(mlp_ratio*c), window_size=window_size,
                                          qkv_bias=qkv_bias, qk_scale=qk_scale, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, act_cfg=act_cfg, norm_cfg=norm_cfg, with_cp=with_cp))
             if i in out_indices: self.add_module(f'norm{i}', build_norm_layer(norm_cfg, c)[1])
-        initialize(self, [dict(type='TruncNormal', layer='Linear', std=.02), dict(type='Constant', layer='LayerNorm', val=1)]); self.freeze()
+        initialize(self, own_rules(init_cfg) or [dict(type='TruncNormal', layer='Linear', std=.02), dict(type='Constant', layer='LayerNorm', val=1)]); self.freeze()
 
     def freeze(self):
         "Fix the patches and the first stages, as `frozen_stages` says."
@@ -316,9 +295,7 @@ class SwinTransformer(Freezable):
         fixed = [self.patch_embed, self.drop_after_pos] + list(self.stages[:self.frozen_stages])
         fixed += [getattr(self, f'norm{i}') for i in range(self.frozen_stages) if i in self.out_indices]
         if hasattr(self, 'absolute_pos_embed'): self.absolute_pos_embed.requires_grad = False
-        for m in fixed:
-            m.eval()
-            for p in m.parameters(): p.requires_grad = False
+        for m in fixed: m.eval().requires_grad_(False)
 
     def map_weights(self,
         state:dict, # names and tensors

@@ -12,6 +12,8 @@ from torch._subclasses import FakeTensorMode
 from torchvision.models import get_model, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from ..core.registry import BACKBONES, nearest
+from ..layers.initialize import initialize
+from .pretrained import own_rules, weights_from
 from .resnet import Freezable
 
 # %% ../../nbs/04_backbones/17_torchvision.ipynb #127fcd54
@@ -61,14 +63,13 @@ class TorchvisionBackbone(Freezable):
         self.strides,self.nodes,self.channels,self.last = tuple(strides),[n for n,_,_ in chosen],[c for _,c,_ in chosen],[l for _,_,l in chosen]
         self.body = create_feature_extractor(model, {n: str(i) for i,n in enumerate(self.nodes)})
         self.frozen_stages,self.norm_eval = frozen_stages,norm_eval
-        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
-        self.fixed = parts_before(self.body, frozen_stages); self.train()
+        self.init_cfg = weights_from(pretrained, init_cfg)
+        self.fixed = parts_before(self.body, frozen_stages); initialize(self, own_rules(init_cfg)); self.train()
 
     def freeze(self):
         "Fix what comes before the first maps, as `frozen_stages` says."
         for name in self.fixed:
-            m = self.body.get_submodule(name); m.eval()
-            for p in m.parameters(): p.requires_grad = False
+            self.body.get_submodule(name).eval().requires_grad_(False)
 
     def map_weights(self,
         state:dict, # names and tensors, of torchvision or ours

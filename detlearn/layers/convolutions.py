@@ -75,47 +75,41 @@ class ConvWS(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.eps = eps
 
+    def scaled(self,
+        weight, # `(C_out, C_in, k, k)`
+    )->Tensor:  # same shape
+        "The weights that are used in place of the stored ones."
+        return standardise(weight, self.eps)
+
     def forward(self,
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H', W')`
-        "Standardise, then convolve."
-        return self._conv_forward(x, standardise(self.weight, self.eps), self.bias)
+        "Scale the weights, then convolve."
+        return self._conv_forward(x, self.scaled(self.weight), self.bias)
 
 # %% ../../nbs/03_layers/02_convolutions.ipynb #e6f31a81
 @CONV_LAYERS.register_module()
-class ConvAWS(nn.Conv2d):
+class ConvAWS(ConvWS):
     "Standardised weights, with the spread and mean that the loaded ones had."
     def __init__(self,
-        in_channels:int,   # channels of the input
-        out_channels:int,  # channels of the output
-        kernel_size,       # number or pair
-        stride=1,          # number or pair
-        padding=0,         # number or pair
-        dilation=1,        # number or pair
-        groups:int=1,      # as in `nn.Conv2d`
-        bias:bool=True,    # as in `nn.Conv2d`
+        *args,    # of `ConvWS`
+        **kwargs, # of `ConvWS`
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.register_buffer('weight_gamma', torch.ones(out_channels, 1, 1, 1))
-        self.register_buffer('weight_beta', torch.zeros(out_channels, 1, 1, 1))
+        super().__init__(*args, **kwargs)
+        self.register_buffer('weight_gamma', torch.ones(self.out_channels, 1, 1, 1))
+        self.register_buffer('weight_beta', torch.zeros(self.out_channels, 1, 1, 1))
 
     def scaled(self,
         weight, # `(C_out, C_in, k, k)`
     )->Tensor:  # same shape
         "Standardised, with the stored spread and mean."
-        return self.weight_gamma*standardise(weight, 1e-5, inside=True) + self.weight_beta
-
-    def forward(self,
-        x, # `(B, C_in, H, W)`
-    )->Tensor: # `(B, C_out, H', W')`
-        "Scale, then convolve."
-        return self._conv_forward(x, self.scaled(self.weight), self.bias)
+        return self.weight_gamma*standardise(weight, self.eps, inside=True) + self.weight_beta
 
     def _load_from_state_dict(self, state, prefix, *args):
         w,gamma,beta = (state.get(prefix + n) for n in ('weight', 'weight_gamma', 'weight_beta'))
         if w is not None and (gamma is None or beta is None):
             flat = w.flatten(1)
-            state[prefix + 'weight_gamma'] = (flat.var(1) + 1e-5).sqrt().view(-1, 1, 1, 1)
+            state[prefix + 'weight_gamma'] = (flat.var(1) + self.eps).sqrt().view(-1, 1, 1, 1)
             state[prefix + 'weight_beta'] = flat.mean(1).view(-1, 1, 1, 1)
         super()._load_from_state_dict(state, prefix, *args)
 
@@ -163,8 +157,8 @@ class NormedLinear(nn.Linear):
     def __init__(self,
         *args,                # of `nn.Linear`
         tempearture:float=20, # factor of the cosines (the zoo's spelling)
-        power:float=1.,       # of the lengths that are divided by
-        eps:float=1e-6,       # added to them
+        power:float=1.,       # of the lengths, see `unit`
+        eps:float=1e-6,       # see `unit`
         **kwargs,             # of `nn.Linear`
     ):
         super().__init__(*args, **kwargs)
@@ -183,12 +177,12 @@ class NormedLinear(nn.Linear):
 class NormedConv2d(nn.Conv2d):
     "A convolution whose scores are cosines."
     def __init__(self,
-        *args,                       # of `nn.Conv2d`
-        tempearture:float=20,        # factor of the cosines (the zoo's spelling)
-        power:float=1.,              # of the lengths that are divided by
-        eps:float=1e-6,              # added to them
-        norm_over_kernel:bool=False, # one length for a whole filter, not one for each of its places
-        **kwargs,                    # of `nn.Conv2d`
+        *args,                # of `nn.Conv2d`
+        tempearture:float=20, # factor of the cosines (the zoo's spelling)
+        power:float=1.,       # of the lengths, see `unit`
+        eps:float=1e-6,       # see `unit`
+        norm_over_kernel:bool=False, # the length of a whole filter, not of its channels at each place
+        **kwargs,             # of `nn.Conv2d`
     ):
         super().__init__(*args, **kwargs)
         self.tempearture,self.power,self.eps,self.norm_over_kernel = tempearture,power,eps,norm_over_kernel

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ..core.registry import NECKS, nearest
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
+from .fpn import take_maps, used_levels
 
 # %% ../../nbs/05_necks/14_fpg.ipynb #ee39e315
 class EnlargedConv(nn.Module):
@@ -133,9 +134,9 @@ class FPG(nn.Module):
                        val=1.)],
     ):
         super().__init__()
-        self.in_channels,self.start_level,self.paths,self.init_cfg = list(in_channels),start_level,list(paths),init_cfg
-        self.end = len(in_channels) if end_level in (-1, len(in_channels)-1) else end_level + 1
-        used,self.skip_inds = self.in_channels[start_level:self.end],skip_inds or [[]]*num_outs
+        self.in_channels,self.paths,self.init_cfg = list(in_channels),list(paths),init_cfg
+        self.used = used_levels(len(in_channels), start_level, end_level)
+        used,self.skip_inds = self.in_channels[self.used],skip_inds or [[]]*num_outs
         c = list(inter_channels) if isinstance(inter_channels, (list, tuple)) else [inter_channels or out_channels]*num_outs
         if len(paths) != stack_times or not set(paths) <= {'bu', 'td'}: raise ValueError(f"FPG: paths={paths} must have stack_times={stack_times} entries, each 'bu' or 'td'")
         if not num_outs == len(c) == len(self.skip_inds) >= len(used): raise ValueError(f'FPG: num_outs={num_outs} needs as many inter_channels ({len(c)}) and skip_inds ({len(self.skip_inds)}), and at least {len(used)} levels')
@@ -152,8 +153,7 @@ class FPG(nn.Module):
         inputs,  # maps of the backbone, finest first
     )->tuple:    # `num_outs` maps, finest first
         "All ways, then the output of each level."
-        if len(inputs) != len(self.in_channels): raise ValueError(f'FPG: {len(inputs)} maps for {len(self.in_channels)} in_channels')
-        maps = [conv(x) for conv,x in zip(self.lateral_convs, inputs[self.start_level:self.end])]
+        maps = [conv(x) for conv,x in zip(self.lateral_convs, take_maps(self, inputs)[self.used])]
         for half in self.extra_downsamples: maps.append(half(maps[-1]))
         ways,levels = [maps],range(len(maps))
         for step,direction in enumerate(self.paths):

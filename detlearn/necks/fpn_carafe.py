@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
+from .fpn import take_maps, used_levels
 
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #2ee4ecfd
 def carafe(
@@ -120,9 +121,9 @@ class FPN_CARAFE(nn.Module):
         init_cfg=None,       # start of the weights; default: Xavier, and CARAFE's own
     ):
         super().__init__()
-        self.in_channels,self.num_outs,self.start_level,self.init_cfg = list(in_channels),num_outs,start_level,init_cfg
-        self.end = len(in_channels) if end_level in (-1, len(in_channels)-1) else end_level + 1
-        used = self.in_channels[start_level:self.end]
+        self.in_channels,self.num_outs,self.init_cfg = list(in_channels),num_outs,init_cfg
+        self.used = used_levels(len(in_channels), start_level, end_level)
+        used = self.in_channels[self.used]
         if num_outs < len(used): raise ValueError(f'FPN_CARAFE: num_outs={num_outs}, but {len(used)} maps are used; raise it, or start_level')
         brick = lambda c,k,stride=1: ConvModule(c, out_channels, k, stride, k//2, norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False, order=order)
         extras = ([used[-1]] + [out_channels]*num_outs)[:num_outs-len(used)]
@@ -138,8 +139,7 @@ class FPN_CARAFE(nn.Module):
         inputs,  # maps of the backbone, finest first
     )->tuple:    # `num_outs` maps, finest first
         "Lateral, extra, top-down, smooth: extra levels take part in the way down."
-        if len(inputs) != len(self.in_channels): raise ValueError(f'FPN_CARAFE: {len(inputs)} maps for {len(self.in_channels)} in_channels')
-        used = inputs[self.start_level:self.end]
+        used = take_maps(self, inputs)[self.used]
         maps = [conv(x) for conv,x in zip(self.lateral_convs, used)]
         for conv in self.lateral_convs[len(used):]: maps.append(conv(used[-1] if len(maps) == len(used) else maps[-1]))
         for i in range(len(maps)-1, 0, -1): maps[i-1] = cropped_sum(maps[i-1], self.upsample_modules[i-1](maps[i]))

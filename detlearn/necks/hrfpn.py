@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
+from .fpn import take_maps
 
 # %% ../../nbs/05_necks/10_hrfpn.ipynb #83e99976
 def at_finest(
@@ -49,7 +50,7 @@ class HRFPN(nn.Module):
         inputs,  # maps of the backbone, finest first
     )->tuple:    # `num_outs` maps, finest first
         "Join, mix, pool, smooth."
-        if len(inputs) != len(self.in_channels): raise ValueError(f'HRFPN: {len(inputs)} maps for {len(self.in_channels)} in_channels')
+        take_maps(self, inputs)
         if min(inputs[0].shape[2:]) < 2**(self.num_outs-1):
             raise ValueError(f'HRFPN: a finest map of {tuple(inputs[0].shape[2:])} cells has no level that is {2**(self.num_outs-1)} times smaller; lower num_outs={self.num_outs} or take larger images')
         x = at_finest(inputs)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
+from .fpn import take_maps, used_levels
 
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #ded0e1f6
 def fit(
@@ -125,9 +126,9 @@ class NASFPN(nn.Module):
         init_cfg=dict(type='Caffe2Xavier', layer='Conv2d'), # start of the weights
     ):
         super().__init__()
-        self.in_channels,self.start_level,self.init_cfg = list(in_channels),start_level,init_cfg
-        self.end = len(in_channels) if end_level in (-1, len(in_channels)-1) else end_level + 1
-        used = self.in_channels[start_level:self.end]
+        self.in_channels,self.init_cfg = list(in_channels),init_cfg
+        self.used = used_levels(len(in_channels), start_level, end_level)
+        used = self.in_channels[self.used]
         if num_outs != 5 or len(used) > 5: raise ValueError(f'NASFPN: num_outs={num_outs} from {len(used)} maps; the table has five levels')
         side = lambda c: ConvModule(c, out_channels, 1, norm_cfg=norm_cfg, act_cfg=None)
         self.lateral_convs = nn.ModuleList(side(c) for c in used)
@@ -140,8 +141,7 @@ class NASFPN(nn.Module):
         inputs,  # maps of the backbone, finest first
     )->tuple:    # five maps, finest first
         "Lateral, extra levels, the table again and again."
-        if len(inputs) != len(self.in_channels): raise ValueError(f'NASFPN: {len(inputs)} maps for {len(self.in_channels)} in_channels')
-        maps = [conv(x) for conv,x in zip(self.lateral_convs, inputs[self.start_level:self.end])]
+        maps = [conv(x) for conv,x in zip(self.lateral_convs, take_maps(self, inputs)[self.used])]
         for half in self.extra_downsamples: maps.append(half(maps[-1]))
         for cells in self.fpn_stages: maps = merge_all(maps, cells)
         return tuple(maps)

@@ -14,6 +14,7 @@ from ..core.registry import NECKS
 from ..backbones.csp_darknet import CSPLayer, conv_kind
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
+from .fpn import take_maps
 
 # %% ../../nbs/05_necks/06_yolox_pafpn.ipynb #bba2dc41
 def enlarge(
@@ -54,7 +55,7 @@ class YOLOXPAFPN(nn.Module):
         inputs,  # maps of the backbone, finest first
     )->tuple:    # as many maps of one width, finest first
         "Down, up, one width."
-        if len(inputs) != len(self.in_channels): raise ValueError(f'YOLOXPAFPN: {len(inputs)} maps for {len(self.in_channels)} in_channels')
+        take_maps(self, inputs)
         x,narrow = inputs[-1],[]                                      # coarsest first
         for fine,reduce,block in zip(inputs[-2::-1], self.reduce_layers, self.top_down_blocks):
             narrow.append(reduce(x))
