@@ -3690,6 +3690,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                                          'detlearn/losses/quality_focal_loss.py'),
                                                     'detlearn.losses.quality_focal_loss.quality_targets': ( '07_losses/quality_focal_loss.html#quality_targets',
                                                                                                             'detlearn/losses/quality_focal_loss.py'),
+                                                    'detlearn.losses.quality_focal_loss.sigmoid_geometric_mean': ( '07_losses/quality_focal_loss.html#sigmoid_geometric_mean',
+                                                                                                                   'detlearn/losses/quality_focal_loss.py'),
                                                     'detlearn.losses.quality_focal_loss.varifocal_loss': ( '07_losses/quality_focal_loss.html#varifocal_loss',
                                                                                                            'detlearn/losses/quality_focal_loss.py')},
             'detlearn.losses.reduce': { 'detlearn.losses.reduce.LossPart': ('07_losses/reduce.html#losspart', 'detlearn/losses/reduce.py'),

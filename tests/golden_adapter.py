@@ -47,7 +47,8 @@ def build(group, cfg):
     cls, methods = find(group, name), calls(group).TYPES
     if cls is None: return None
     methods = methods.get(name) or methods.get('*')
-    part = cls(**MATCH_COST.build(cfg))                        # parts among the settings are built first, as from a config
+    own = {k: cfg.pop(k) for k in getattr(cls, 'specs', ()) if k in cfg}          # dicts that the part builds itself
+    part = cls(**MATCH_COST.build(cfg), **own)                 # parts among the settings are built first, as from a config
     return Translated(part, methods) if methods else part
 
 

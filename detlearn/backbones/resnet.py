@@ -38,6 +38,7 @@ class ResBlock(nn.Module):
         for place,cfg in plugins or ():
             cfg = dict(cfg)
             name,layer = build_plugin_layer(cfg, cfg.pop('postfix', ''), in_channels=convs[place-1][2])
+            if hasattr(self, name): raise ValueError(f'two plugins of a block are called {name}: give one a postfix')
             self.add_module(name, layer)
             self.behind.setdefault(place, []).append(name)
         self.downsample,self.with_cp = downsample,with_cp
@@ -203,7 +204,9 @@ def start_weights(
     own = {inner for m in own for inner in m.modules()}
     for m in net.modules():
         if m not in own and not list(m.children()): initialize(m, rules)
-    for m in blocks if zero_init_residual else (): nn.init.zeros_(getattr(m, m.steps[-1][1]).weight)
+    last = [getattr(m, m.steps[-1][1]).weight for m in blocks if zero_init_residual]
+    for w in last:
+        if w is not None: nn.init.zeros_(w)                     # an instance norm has none
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #c2066f35
 def check_resnet(

@@ -75,11 +75,11 @@ class PatchMerging(nn.Module):
         in_channels:int,     # of a row
         out_channels:int,    # of a row of the result
         stride=2,            # from place to place
-        norm_cfg=dict(type='LN'), # recipe of the norm
+        norm_cfg=dict(type='LN'), # recipe of the norm, or None
     ):
         super().__init__()
         self.stride = _pair(stride)
-        self.norm = build_norm_layer(norm_cfg, 4*in_channels)[1]
+        self.norm = build_norm_layer(norm_cfg, 4*in_channels)[1] if norm_cfg else None
         self.reduction = nn.Linear(4*in_channels, out_channels, bias=False)
 
     def forward(self,
@@ -89,7 +89,8 @@ class PatchMerging(nn.Module):
         "Four side by side, norm, linear."
         maps = pad_end(to_map(x, size), (2, 2), self.stride)
         new = tuple((s - 2)//t + 1 for s,t in zip(maps.shape[2:], self.stride))
-        return self.reduction(self.norm(F.unfold(maps, 2, stride=self.stride).mT)),new
+        rows = F.unfold(maps, 2, stride=self.stride).mT
+        return self.reduction(rows if self.norm is None else self.norm(rows)),new
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #1c7899f3
 def relative_index(

@@ -6,6 +6,7 @@
 __all__ = ['deform_conv2d', 'modulated_deform_conv2d', 'DeformConv', 'DCN', 'DCNv2']
 
 # %% ../../nbs/03_layers/05_deform_conv.ipynb #1ebfc3cd
+import warnings
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.utils import _pair
@@ -52,8 +53,12 @@ class DeformConv(nn.Module):
         deform_groups:int=1, # parts of the channels with offsets of their own
         bias=None,           # default: v1 has none, v2 has one
         im2col_step:int=32,  # accepted, not used
+        deformable_groups:int=None, # the old name of `deform_groups`, with a warning
     ):
         super().__init__()
+        if deformable_groups is not None:
+            warnings.warn(f'{type(self).__name__}: deformable_groups is the old name of deform_groups')
+            deform_groups = deformable_groups
         kernel,bias = _pair(kernel_size),self.with_bias if bias is None else bias
         if bias and not self.with_bias: raise ValueError(f'{type(self).__name__} has no bias; leave it out')
         self.stride,self.padding,self.dilation = _pair(stride),_pair(padding),_pair(dilation)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['quality_targets', 'distance_factor', 'quality_focal_loss', 'quality_focal_loss_with_prob', 'varifocal_loss',
-           'QualityFocalLoss', 'VarifocalLoss']
+           'sigmoid_geometric_mean', 'QualityFocalLoss', 'VarifocalLoss']
 
 # %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #c5514708
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import LOSSES
-from .reduce import LossPart, of_probabilities, weighted_loss
+from .reduce import LossPart, at_least_float32, of_probabilities, weighted_loss
 from .cross_entropy import check_shapes, one_hot
 
 # %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #0b6943db
@@ -73,6 +73,15 @@ def varifocal_loss(
     up = target if iou_weighted else positive.to(pred.dtype)
     factor = torch.where(positive, up, alpha*distance_factor(pred.sigmoid(), target, gamma))
     return factor*F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction='none')
+
+# %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #b5e0006b
+def sigmoid_geometric_mean(
+    x:Tensor, # any shape, scores
+    y:Tensor, # the same shape, or broadcastable: scores of another kind
+)->Tensor:    # probabilities; float32 at least
+    "The root of the product of two sigmoids (Feng et al., 2021)."
+    x,y = at_least_float32(x),at_least_float32(y)
+    return ((F.logsigmoid(x) + F.logsigmoid(y))/2).exp()
 
 # %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #d4ccfcaf
 @LOSSES.register_module()

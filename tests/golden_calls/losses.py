@@ -17,8 +17,17 @@ def weighted_loss(pred, target, **more): return weighted(lambda pred, target: (p
 def seesaw_of_positives(loss, cls_score, labels, **more):
     "Elements of background have no place in the zoo's list of class losses; here they are 0."
     out = loss(cls_score, labels, **more)
-    if isinstance(out, dict) and out['loss_cls_classes'].dim(): out['loss_cls_classes'] = out['loss_cls_classes'][labels < loss.num_classes]
+    own = labels < loss.num_classes
+    if isinstance(out, dict) and out['loss_cls_classes'].dim(): out['loss_cls_classes'] = out['loss_cls_classes'][own] if own.any() else out['loss_cls_classes'].sum()
     return out
+
+
+def of_boxes(loss, pred, target, weight=None, avg_factor=None, reduction_override=None, **more):
+    "Where no weight is positive, the zoo gives one 0, whatever the reduction; its IoULoss not for `'none'`."
+    reduction = reduction_override or loss.reduction
+    if weight is not None and not (weight > 0).any() and (reduction != 'none' or type(loss).__name__ != 'IoULoss'):
+        avg_factor, reduction = None, 'sum'
+    return loss(pred, target, weight, avg_factor=avg_factor, reduction_override=reduction, **more)
 
 
 def embedding(loss, pred, target, match):
@@ -39,6 +48,7 @@ def isr_p(bbox_targets, sampling_results, num_class=80, **more):
 
 
 TYPES = dict(CrossEntropyLoss=dict(forward=cross_entropy_of_maps), SeesawLoss=dict(forward=seesaw_of_positives),
-             AssociativeEmbeddingLoss=dict(forward=embedding))
+             AssociativeEmbeddingLoss=dict(forward=embedding),
+             **{f'{kind}IoULoss': dict(forward=of_boxes) for kind in ('', 'G', 'D', 'C', 'Bounded')})
 FUNCTIONS = dict(weighted_loss=weighted_loss, isr_p=isr_p)
 NAMES = dict(py_sigmoid_focal_loss='sigmoid_focal_loss')

@@ -14,6 +14,7 @@ def largest(input, roi, size, scale, samples, aligned):
 
 
 def pooled(input, rois, output_size, spatial_scale=1., sampling_ratio=0, pool_mode='avg', aligned=True):
+    if isinstance(output_size, int): output_size = output_size, output_size
     if pool_mode == 'avg': return roi_align(input, rois, output_size, spatial_scale, sampling_ratio, aligned)
     return torch.cat([largest(input, r[None], output_size, spatial_scale, sampling_ratio, aligned) for r in rois])
 
