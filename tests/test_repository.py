@@ -136,6 +136,25 @@ def test_docments(page):
     assert not found, f'{page.name}: {found}'
 
 
+NEWER = {r'catch_warnings\((?!\)|record=)': 'catch_warnings(action=...)', r'^\s*import tomllib': 'tomllib', r'\bexcept\s*\*': 'except*',
+         r'from typing import [^\n]*\b(Self|override|Never|assert_never)\b': 'a type', r'\bStrEnum\b|\bExceptionGroup\b|\.add_note\(': 'a class',
+         r'contextlib\.chdir|import chdir|hashlib\.file_digest|itertools\.batched|math\.(cbrt|exp2|sumprod)|datetime\.UTC|asyncio\.(timeout|TaskGroup)': 'a function'}
+
+
+def test_nothing_newer_than_python_3_10():
+    sources = {p.name: '\n\n'.join('\n'.join(l for l in s.splitlines() if l.lstrip()[:1] not in ('%', '!')) for s, _ in p.code) for p in ALL}
+    sources |= {f.relative_to(ROOT).as_posix(): f.read_text(encoding='utf-8') for d in ('tests', 'tools') for f in (ROOT/d).rglob('*.py')}
+    for name, source in sources.items():
+        if name == 'tests/test_repository.py': continue
+        lines = source.splitlines()
+        for pattern, what in NEWER.items():
+            found = [m[0] for m in re.finditer(pattern, source, re.M)]
+            assert not found or 'except ImportError' in source, f'{name} uses {what}, which Python 3.10 does not have: {found}'
+        for n in ast.walk(ast.parse(source, feature_version=(3, 10))):  # a[x, *y] is a syntax error there, a[(x, *y)] is none
+            star = isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Tuple) and any(isinstance(e, ast.Starred) for e in n.slice.elts)
+            assert not star or lines[n.slice.lineno-1].encode()[n.slice.col_offset:][:1] == b'(', f'{name}: {lines[n.lineno-1]}'
+
+
 def test_links_lead_somewhere():
     for p in ALL:
         for link in re.findall(r'\]\(([^)#]+\.ipynb)', p.prose):
