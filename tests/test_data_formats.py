@@ -8,8 +8,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from detlearn.core.shapes import ToyShapes, to_coco
 from detlearn.data.coco import AnnotationError, CocoDataset, decode_masks, use_coco
-from detlearn.data.lint import lint, repair
+from detlearn.data.lint import lint, repair, write_gallery
 from detlearn.data.lint_rules import RULES
+from detlearn.data.transforms import LoadImageFromFile
 from detlearn.data.voc import VOCDataset, XMLDataset, read_voc, write_voc
 from detlearn.data.yolo import YOLODataset, read_labels, to_annotation, write_yolo
 
@@ -280,6 +281,69 @@ def test_spoiled_photo(name, tmp_path):
     change,rule = photo_cases()[name]; file = to_coco(ToyShapes(3, (160, 120), seed=1), tmp_path); change(tmp_path/'images'/'train_00000.png')
     hits = [f for f in lint(file).findings if f.rule == rule]
     assert hits and {'train_00000.png', 'train_00001.png'} & {f.image for f in hits} and hits[0].place.pointer.startswith('/images/')
+
+# ---- photos that their EXIF note turns
+def turned_set(root, turn, boxes, said='stored', photos=1):
+    "Photos of 160 x 120 with rectangles in colours of their own; annotations as a tool writes them that does not turn (polygons, run lengths)."
+    from pycocotools import mask as codec
+    (root/'images').mkdir(parents=True, exist_ok=True); coco = dict(images=[], annotations=[], categories=[dict(id=1, name='card')])
+    for n in range(photos):
+        pixels = np.zeros((120, 160, 3), np.uint8); note = Image.Exif(); note[0x112] = turn
+        for k,(x,y,w,h) in enumerate(boxes):
+            pixels[y:y+h, x:x+w] = 60 + 40*k; mask = np.zeros((120, 160), np.uint8, 'F'); mask[y:y+h, x:x+w] = 1; runs = codec.encode(mask)
+            seg = [[x, y, x+w, y, x+w, y+h, x, y+h]] if k % 2 else dict(size=[120, 160], counts=runs['counts'].decode())
+            coco['annotations'].append(dict(id=len(coco['annotations'])+1, image_id=n+1, category_id=1, bbox=[x, y, w, h], area=w*h, iscrowd=0, segmentation=seg))
+        Image.fromarray(pixels).save(root/'images'/f'{n}.png', exif=note); Image.fromarray(pixels[:, :, ::-1] + np.uint8(n)).save(root/'images'/f'{n}.png', exif=note)
+        size = (160, 120) if said == 'stored' or turn < 5 else (120, 160); coco['images'].append(dict(id=n+1, file_name=f'{n}.png', width=size[0], height=size[1]))
+    (root/'a.json').write_text(json.dumps(coco)); return root/'a.json'
+
+WIDE, BOTH = [[125, 10, 30, 20], [120, 60, 20, 40], [142, 80, 15, 30]], [[10, 10, 30, 20], [40, 60, 20, 40]]
+
+@pytest.mark.parametrize('turn', [5, 6, 7, 8])
+def test_turned_boxes_are_repaired(turn, tmp_path):
+    "The oracle is Pillow: each rectangle is looked for in the photo as it turns it."
+    from PIL import ImageOps
+    report = lint(turned_set(tmp_path, turn, WIDE + BOTH)); f, = [f for f in report.findings if f.rule == 'exif-rotation']
+    assert f.severity == 'error' and '3 of its 5 boxes fit only 160 x 120' in f.message and f.place.pointer == '/images/0/file_name'
+    after = repair(report.sources[0], tmp_path/'good.json'); assert after.ok and {f.severity for f in after.findings} == {'note'}, str(after)
+    assert json.loads((tmp_path/'a.json').read_text())['images'][0]['width'] == 160                          # the old file is as it was
+    with warnings.catch_warnings(): warnings.simplefilter('error'); data = CocoDataset(tmp_path/'good.json', [LoadImageFromFile()], img_prefix=str(tmp_path/'images'))
+    image, info = data[0]['img'], data.get_ann_info(0); seen = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path/'images'/'0.png')))
+    assert tuple(image.shape[1:]) == seen.shape[:2] == (160, 120)
+    masks = decode_masks(info['masks'], 160, 120)
+    for k,(box,mask) in enumerate(zip(info['bboxes'].astype(int), masks)):
+        rows,cols = np.nonzero(seen[..., 0] == 60 + 40*k); assert box.tolist() == [cols.min(), rows.min(), cols.max()+1, rows.max()+1]
+        assert (mask == (seen[..., 0] == 60 + 40*k)).all() and (image[0].numpy() == 60 + 40*k).sum() == mask.sum()
+
+TALL = [10, 125, 20, 30]
+@pytest.mark.parametrize('boxes, said, turn', [(BOTH, 'stored', 6), ([WIDE[0], TALL], 'stored', 6), ([TALL, *BOTH], 'stored', 5), ([WIDE[0], *BOTH], 'seen', 6), (BOTH, 'seen', 8), (WIDE, 'stored', 3), (WIDE, 'stored', 2)])
+def test_what_is_not_clear_is_left_alone(boxes, said, turn, tmp_path):
+    "It says so; the repaired copy has the same boxes, also those that leave the photo as it is said to be, since that may be the wrong one."
+    file = turned_set(tmp_path, turn, BOTH, said); coco = json.loads(file.read_text())
+    coco['annotations'] = [dict(id=k+1, image_id=1, category_id=1, bbox=b, area=1, iscrowd=0) for k,b in enumerate(boxes)]; file.write_text(json.dumps(coco))
+    report = lint(file); f, = [f for f in report.findings if f.rule == 'exif-rotation']
+    assert f.fix is None and ('not clear' in f.message or 'tools disagree' in f.message)
+    assert f.severity == ('error' if said == 'stored' and turn > 4 else 'note')
+    for notes in (False, True):
+        repair(report.sources[0], tmp_path/f'{notes}.json', notes); good = json.loads((tmp_path/f'{notes}.json').read_text())
+        assert [a['bbox'] for a in good['annotations']] == boxes and good['images'] == coco['images']
+
+def test_other_photos_of_the_file_are_witnesses(tmp_path):
+    "A photo without a witness of its own goes with the others; sizes alone are repaired where boxes were drawn after turning."
+    file = turned_set(tmp_path, 6, WIDE, photos=2); coco = json.loads(file.read_text())
+    coco['annotations'] = [a for a in coco['annotations'] if a['image_id'] == 1] + [dict(id=99, image_id=2, category_id=1, bbox=BOTH[0], area=1, iscrowd=0)]; file.write_text(json.dumps(coco))
+    found = [f for f in lint(file).findings if f.rule == 'exif-rotation']; assert len(found) == 2 and 'other turned photos' in found[1].message
+    repair(lint(file).sources[0], tmp_path/'good.json'); good = json.loads((tmp_path/'good.json').read_text())
+    assert good['annotations'][-1]['bbox'] == [90, 10, 20, 30]
+    for a in coco['annotations']: a.update(bbox=[10, 130, 30, 25]); a.pop('segmentation', None)
+    coco['annotations'][1]['bbox'] = [60, 125, 30, 30]; coco['annotations'][2]['bbox'] = [60, 10, 30, 30]; coco['annotations'].append(dict(coco['annotations'][0], id=100, bbox=[10, 125, 30, 20]))
+    file.write_text(json.dumps(coco)); (tmp_path/'good.json').unlink(); after = repair(lint(file).sources[0], tmp_path/'good.json'); good = json.loads((tmp_path/'good.json').read_text())
+    assert after.ok and {(im['width'], im['height']) for im in good['images']} == {(120, 160)} and good['annotations'][0]['bbox'] == [10, 130, 30, 25]
+
+def test_gallery_shows_both_ways(tmp_path):
+    import base64
+    report = lint(turned_set(tmp_path, 6, BOTH)); page = write_gallery(report, tmp_path/'g.html').read_text()
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search('exif-rotation.*?base64,([^"]+)', page, re.S)[1]))); assert shown.size == (180, 135 + 180 + 6) or shown.size == (180, 120 + 160 + 6), shown.size
 
 def test_leakage_and_gallery(tmp_path):
     for s in ('train', 'val'): to_coco(ToyShapes(2, 64, sizes=(12, 20), seed=1), tmp_path, s)

@@ -10,6 +10,7 @@ __all__ = ['DownloadError', 'file_hash', 'recorded_hash', 'expected_hash', 'chec
 # %% ../../nbs/02_data/10_download.ipynb #5e3b6db7
 import contextlib, errno, hashlib, http.client, json, os, re, shutil, ssl, time
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib import request as web
@@ -86,7 +87,7 @@ class Partial:
         return found if isinstance(found, dict) else {}
 
     @property
-    def whole(self)->bool:
+    def whole(self)->bool: # False where the length is not known
         "Nothing is missing; where the server said no length, that is never known before the end."
         return self.have > 0 and self.version.get('total') == self.have
 
@@ -113,7 +114,7 @@ def open_url(
     url:str,          # http or https
     headers=None,     # of the request
     timeout:float=30, # seconds without a byte
-):                    # a response
+)->object:            # a response
     "Ask a web server, and nobody else; also not after a redirect."
     if urlsplit(url).scheme not in ('http', 'https'):
         raise ValueError(f'{url}: expected an address with http or https.')
@@ -152,7 +153,7 @@ def ask(
     url:str,  # of the file
     partial,  # `Partial`; begins anew where the answer does not continue it
     timeout:float=30, # seconds without a byte
-):            # response; it sends the bytes from `partial.have` on
+)->object:    # response; it sends the bytes from `partial.have` on
     "Ask for what is missing; for everything, where that does not fit what is there."
     seen,have = partial.version,partial.have
     goes_on = have > 0 and seen.get('url') == url and bool(seen.get('tag'))
@@ -172,7 +173,7 @@ def ask(
 # %% ../../nbs/02_data/10_download.ipynb #5ae51536
 def size_text(
     n, # bytes, or None
-)->str:
+)->str: # such as `1.5 GB`
     "Bytes, for people."
     if n is None: return 'unknown size'
     units = ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB'))
@@ -222,7 +223,7 @@ def receive(
 # %% ../../nbs/02_data/10_download.ipynb #6b8a9d00
 def may_pass(
     error, # exception of a try
-)->bool:
+)->bool:   # False: the same would happen again
     "Waiting may help."
     if isinstance(error, urllib.error.HTTPError):
         return error.code in (408, 416, 425, 429) or error.code >= 500
@@ -234,7 +235,7 @@ def may_pass(
 
 def reason_of(
     error, # exception of a try
-)->str:
+)->str:    # in one line
     "What it says, for people."
     if isinstance(error, urllib.error.HTTPError):
         hint = {404: 'there is no such file', 403: 'the server refuses it',
@@ -301,7 +302,7 @@ def told(
 @contextlib.contextmanager
 def only_one(
     path, # of what is made
-):
+)->Iterator: # a context
     "One process at a time; where the system has no such locks, nothing happens."
     try: import fcntl
     except ImportError: yield; return
@@ -317,7 +318,7 @@ def progress(
     path,    # of the file, its name is shown
     partial, # `Partial`
     size,    # bytes, or None
-):           # a tqdm bar
+)->object:   # a tqdm bar
     "A bar, where the output is a terminal."
     from tqdm import tqdm
     total = size or partial.version.get('total')

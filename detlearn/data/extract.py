@@ -9,6 +9,7 @@ __all__ = ['Member', 'DAMAGED', 'ArchiveError', 'safe_name', 'members_of_zip', '
 # %% ../../nbs/02_data/10b_extract.ipynb #9aff325b
 import contextlib, errno, gzip, lzma, os, posixpath, shutil, stat, struct, tarfile, zipfile, zlib
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from .download import DownloadError, check_room, only_one, size_text
 
@@ -33,7 +34,7 @@ Member.__doc__ = 'An entry of an archive: kind is file, folder, link or other; `
 
 def members_of_zip(
     z, # open `ZipFile`
-):     # yields `Member`s
+)->Iterator: # of `Member`s
     "Entries of a zip; links are files with a mark."
     for i in z.infolist():
         form = stat.S_IFMT(i.external_attr >> 16)
@@ -56,7 +57,7 @@ class ShortHeader(tarfile.TarInfo):
         buf,      # 512 bytes
         encoding, # of names
         errors,   # what to do with other bytes
-    ):
+    )->'ShortHeader': # of one member
         "Read a header, and look at it."
         m = super().frombuf(buf, encoding, errors)
         if m.type in (b'x', b'g', b'X', b'L', b'K') and not 0 <= m.size <= 2**20:
@@ -65,7 +66,7 @@ class ShortHeader(tarfile.TarInfo):
 
 def members_of_tar(
     t, # open `TarFile`
-):     # yields `Member`s
+)->Iterator: # of `Member`s
     "Entries of a tar; a hard link counts from the top, a symbolic one from its place."
     for m in t:
         if m.size < 0: raise ArchiveError(f'{m.name!r} has {m.size} bytes.')
@@ -166,7 +167,7 @@ DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, l
 
 def is_zip(
     archive, # path
-)->bool:
+)->bool:     # False: perhaps a tar
     "By its first letters; everything else is tried as a tar."
     with open(archive, 'rb') as f: return f.read(2) == b'PK'
 
@@ -224,7 +225,7 @@ def extract(
 def new_folder(
     folder,   # `Path`; there is none, or it is empty
     takes='', # the folder in the new one that gets the name; '': all of it
-):            # gives the `Path` of another one, which gets the name at the end
+)->Iterator:  # a context; gives the `Path` of another one, which gets the name at the end
     "A folder that is there when everything is in it."
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.parent/f'.{folder.name}.unpacking'

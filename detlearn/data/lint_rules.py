@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Rule', 'RULES', 'photo_head', 'cut_short', 'Facts', 'rule', 'run_rules', 'empty_box', 'tiny_box', 'beside',
            'outside_image', 'sticks_out', 'shares', 'box_format', 'pair_iou', 'duplicate_object', 'usual_spreads',
-           'absurd_size', 'missing_file', 'unreadable_image', 'image_bomb', 'sizes_of_head', 'wrong_size',
-           'exif_rotation', 'same_content', 'duplicate_image', 'find_leaks', 'name_differs', 'category_names',
-           'category_ids', 'image_ids', 'no_objects', 'unlabelled_images', 'polygon_extent', 'runs_extent',
-           'mask_extent', 'bad_mask']
+           'absurd_size', 'of_photo', 'name_differs', 'category_names', 'category_ids', 'image_ids', 'no_objects',
+           'unlabelled_images', 'polygon_extent', 'runs_extent', 'mask_extent', 'bad_mask']
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #0e6b768c
-import hashlib, os, warnings
+import os, warnings
 from collections import defaultdict, namedtuple
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 import numpy as np
@@ -50,7 +49,7 @@ def cut_short(
 class Facts:
     "A source as arrays and photos; entries that can't be used are left out."
     def __init__(self,
-        source:Source,
+        source:Source, # with what was wrong in its entries
     ):
         self.source,coco,bad = source,source.coco,source.bad
         usable = lambda kind: [(i, x) for i,x in enumerate(coco[kind])
@@ -77,7 +76,7 @@ class Facts:
         return path if os.path.isfile(path) else None
 
     @cached_property
-    def heads(self):
+    def heads(self)->list: # of dicts
         "Of each photo, see `photo_head`; None where it is missing."
         return [p and photo_head(p) for p in map(self.photo, range(len(self.images)))]
 
@@ -88,14 +87,14 @@ class Facts:
 
     def where(self,
         n:int,   # number among `objects`
-        key='bbox',
+        key='bbox', # of it
     )->tuple:    # list, number, key
         "The place of an object."
         return ('annotations', self.objects[n][0], key)
 
     def class_of(self,
         n:int,   # number among `objects`
-    )->str:
+    )->str:      # of its category
         "The name of its class."
         return self.names[self.objects[n][1]['category_id']]
 
@@ -114,7 +113,7 @@ def rule(
     id:str,       # in words with hyphens
     severity:str, # error, warning or note
     text:str,     # what is wrong, for the list of rules
-):                # a decorator
+)->object:        # a decorator
     "Register `f(facts)`, which yields dicts for `Source.say`: message, where, and what else is known."
     def register(check): RULES[id] = Rule(id, severity, text, check); return check
     return register
@@ -130,7 +129,7 @@ for _id,_text in {'not-parseable': 'the file is no JSON, xml or yaml, or not of 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #d776b487
 def run_rules(
     source:Source, # added to
-)->Facts:
+)->Facts:          # that the rules have seen
     "All rules on one source."
     facts = Facts(source)
     for r in RULES.values():
@@ -148,7 +147,7 @@ def _size(f, n): return '%.4g x %.4g pixels' % tuple(f.xywh[n, 2:])
 @rule('empty-box', 'error', 'a box without width or height')
 def empty_box(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Their logarithm is minus infinity; every prior ties for them."
     for n in np.flatnonzero(~facts.real):
         yield dict(message=f'a box of {_size(facts, n)}.', where=facts.where(n), fix=facts.repair(n),
@@ -157,7 +156,7 @@ def empty_box(
 @rule('tiny-box', 'warning', 'a box of at most one pixel')
 def tiny_box(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "A click instead of a box."
     for n in np.flatnonzero((facts.xywh[:, 2:] <= 1).any(1) & facts.real & ~shares(facts)):
         yield dict(message=f'a box of {_size(facts, n)}: a click?', where=facts.where(n),
@@ -173,7 +172,7 @@ def beside(
 @rule('outside-image', 'error', 'a box that lies beside the photo')
 def outside_image(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "No part of it is in the photo."
     for n in np.flatnonzero(facts.real & beside(facts)):
         box,size = facts.boxes[n].tolist(),facts.limits[n].tolist()
@@ -184,7 +183,7 @@ def outside_image(
 @rule('sticks-out', 'warning', 'a box that leaves the photo by more than a pixel')
 def sticks_out(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Part of it is in the photo."
     b,limit = facts.boxes,facts.limits
     out = ((b[:, :2] < -1) | (b[:, 2:] > limit + 1)).any(1)
@@ -205,7 +204,7 @@ def shares(
 @rule('box-format', 'error', 'numbers that are corners, or shares, instead of x, y, width, height')
 def box_format(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "A guess, with its evidence."
     v,limit,share = facts.xywh,facts.limits,shares(facts); n = len(v)
     change = lambda which, new: [facts.repair(k, bbox=new[k].tolist()) for k in np.flatnonzero(which)]
@@ -237,7 +236,7 @@ def pair_iou(
       'two boxes of one class nearly on each other (a note from IoU 0.9, a warning from 0.95)')
 def duplicate_object(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "One object counted twice."
     groups = defaultdict(list)
     for n in np.flatnonzero(facts.real & ~facts.crowd):
@@ -264,7 +263,7 @@ def usual_spreads(
       'spreads, a note from 2.8 where it is larger)')
 def absurd_size(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Another class, or two objects in one box."
     ids = np.array([facts.class_of(n) for n in range(len(facts.objects))])
     real,b = facts.real & ~facts.crowd,facts.boxes
@@ -281,152 +280,36 @@ def absurd_size(
                        fix=facts.repair(n, iscrowd=1), n=n,
                        severity='warning' if abs(z) > 4.5 else 'note')
 
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #e6fd137a
-def _of(facts, n, message, **more):
-    return dict(message=message, where=('images', facts.images[n][0], 'file_name'),
-                image=facts.images[n][1]['file_name'], **more)
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #cec74858
-@rule('missing-file', 'error', 'a photo that is not in the folder')
-def missing_file(
-    facts, # `Facts`
-):
-    "Without any photo this is one note."
-    if facts.source.folder is None:
-        if facts.images:
-            yield dict(message='no folder with these photos was found; rules about photos were left '
-                               'out. Name it with --photos.', severity='note')
-        return
-    for n,(i,im) in enumerate(facts.images):
-        if facts.photo(n) is None:
-            yield _of(facts, n, f'there is no {im["file_name"]} in {facts.source.folder}.',
-                      fix=('images', i, None))
-
-@rule('unreadable-image', 'error', 'a photo that is empty, cut short, or none')
-def unreadable_image(
-    facts, # `Facts`
-):
-    "Its head or its end is not there."
-    for n,h in enumerate(facts.heads):
-        if h and h.get('rule') == 'unreadable-image':
-            yield _of(facts, n, f'{h["problem"]}.', fix=('images', facts.images[n][0], None))
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #5cc8e0fd
-@rule('image-bomb', 'error', 'a photo of so many pixels that opening it may fill the memory')
-def image_bomb(
-    facts, # `Facts`
-):
-    "Small on disk, huge when it is decoded."
-    for n,h in enumerate(facts.heads):
-        if h and h.get('rule') == 'image-bomb':
-            yield _of(facts, n, f'{h["problem"]}.', fix=('images', facts.images[n][0], None))
-        elif facts.sizes[n].prod() > 2e8:
-            yield _of(facts, n, f'said to have {facts.sizes[n].prod():.2g} pixels.')
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #c56990dc
-def sizes_of_head(
-    head:dict, # of `photo_head`
-)->tuple:      # (width, height) as stored, and as seen after turning
-    "The two sizes of a photo."
-    stored = head['width'],head['height']
-    return stored,(stored[::-1] if head['turn'] >= 5 else stored)
-
-@rule('wrong-size', 'error', 'width and height are not those of the photo')
-def wrong_size(
-    facts, # `Facts`
-):
-    "Boxes are placed by these numbers."
-    for n,h in enumerate(facts.heads):
-        if not h or 'rule' in h: continue
-        said = tuple(facts.sizes[n]); stored,(w,h) = sizes_of_head(h)
-        if said in (stored, (w, h)): continue
-        swapped = ' Width and height are swapped.' if said == (h, w) else ''
-        numbers = f'{said[0]:g} x {said[1]:g} pixels, the photo has {w} x {h}'
-        yield _of(facts, n, f'said to have {numbers}.{swapped}',
-                  fix=('images', facts.images[n][0], dict(width=w, height=h)))
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #471d0741
-@rule('exif-rotation', 'warning', 'a photo that is stored lying and turned by its EXIF note')
-def exif_rotation(
-    facts, # `Facts`
-):
-    "Some tools turn it, some do not."
-    for n,h in enumerate(facts.heads):
-        if not h or h.get('turn', 1) == 1: continue
-        stored,upright = sizes_of_head(h)
-        lying = tuple(facts.sizes[n]) == stored != upright
-        why = ('the annotations give the size before turning: their boxes lie elsewhere.' if lying
-               else 'tools disagree on whether to turn.')
-        yield _of(facts, n, f'its EXIF note turns it (orientation {h["turn"]}); {why}',
-                  severity='error' if lying else 'note')
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #a7116b9c
-def same_content(
-    paths, # list of `(key, path)`
-)->list:   # lists of keys whose files hold the same bytes
-    "Files with the same content; only files of the same length are read."
-    by_size,by_hash = defaultdict(list),defaultdict(list)
-    for key,p in paths: by_size[os.path.getsize(p)].append((key, p))
-    for size,group in by_size.items():
-        if len(group) > 1 and size:
-            for key,p in group: by_hash[hashlib.sha256(Path(p).read_bytes()).digest()].append(key)
-    return [keys for keys in by_hash.values() if len(keys) > 1]
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #3d1b3d4e
-@rule('duplicate-image', 'warning', 'two photos with the same content, or one name twice')
-def duplicate_image(
-    facts, # `Facts`
-):
-    "By their bytes."
-    photos,names = [],{}
-    for n,(i,im) in enumerate(facts.images):
-        if im['file_name'] in names:
-            yield _of(facts, n, f'{im["file_name"]} is also the name of '
-                                f'/images/{names[im["file_name"]]}.', fix=('images', i, None))
-        elif facts.photo(n): photos.append((n, facts.photo(n)))
-        names.setdefault(im['file_name'], i)
-    for first,*others in same_content(photos):
-        for n in others:
-            yield _of(facts, n, f'the same photo as {facts.images[first][1]["file_name"]}.',
-                      fix=('images', facts.images[n][0], None))
-
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #a97675bf
-def find_leaks(
-    all_facts:list, # of `Facts`, one a source; findings are added
-):
-    "Photos of one split in another one; a file whose name says no split is not compared."
-    split = [f.source.split for f in all_facts]
-    photos = [((k, n), f.photo(n)) for k,f in enumerate(all_facts) if split[k]
-              for n in range(len(f.images))]
-    for (k,n),*others in same_content([(key, p) for key,p in photos if p]):
-        other = next(((j, m) for j,m in others if split[j] != split[k]), None)
-        if other is None: continue
-        source = all_facts[other[0]].source; i,im = all_facts[other[0]].images[other[1]]
-        name = all_facts[k].images[n][1]['file_name']
-        source.say('leakage', 'error', f'this photo is also in {all_facts[k].source.path}, as {name}.',
-                   ('images', i, 'file_name'), ('images', i, None), im['file_name'])
-
-rule('leakage', 'error', 'one photo in two splits')(None)
-
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #39549edf
 #| export
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #4de874bb
+def of_photo(
+    facts,       # `Facts`
+    n:int,       # number among `images`
+    message:str, # a sentence
+    **more,      # severity, fix, boxes
+)->dict:         # for `Source.say`
+    "A finding about a photo."
+    i,im = facts.images[n]
+    return dict(message=message, where=('images', i, 'file_name'), image=im['file_name'], **more)
+
+# %% ../../nbs/02_data/09b_lint_rules.ipynb #809159e9
 @rule('name-differs', 'warning', 'an xml file that names another photo')
 def name_differs(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "The photo of an xml file has its name."
     for n,(i,im) in enumerate(facts.images):
         if im.get('said', im['file_name']) not in (im['file_name'], ''):
-            yield _of(facts, n, f'<filename> is {im["said"]!r}, the photo {im["file_name"]!r}.',
+            yield of_photo(facts, n, f'<filename> is {im["said"]!r}, the photo {im["file_name"]!r}.',
                       fix=('images', i, dict(said=im['file_name'])))
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #e69d0281
 @rule('category-names', 'warning', 'class names that differ by capitals or blanks, or not at all')
 def category_names(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Two classes that are probably one."
     seen = {}
     for i,c in facts.categories:
@@ -445,7 +328,7 @@ def category_names(
 @rule('category-ids', 'note', 'category ids that start at 0 or have gaps')
 def category_ids(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Legal; code that takes an id for a label, or 0 for background, goes wrong."
     ids,where = sorted(c['id'] for _,c in facts.categories if isinstance(c['id'], int)),('categories', 0,
                                                                                          'id')
@@ -459,7 +342,7 @@ def category_ids(
 @rule('image-ids', 'note', 'an image id of 0')
 def image_ids(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Legal; `if image_id:` takes it for nothing."
     for i,im in facts.images:
         if im['id'] == 0:
@@ -471,7 +354,7 @@ def image_ids(
 @rule('no-objects', 'error', 'not a single object, or not one of a class')
 def no_objects(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Nothing to learn."
     if not facts.objects: yield dict(message='there is no usable object at all.'); return
     used = {a['category_id'] for _,a in facts.objects}
@@ -483,12 +366,13 @@ def no_objects(
 @rule('unlabelled-images', 'note', 'photos without any object')
 def unlabelled_images(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Background, or forgotten."
     if not facts.objects: return
     empty = np.flatnonzero(np.bincount(facts.image_of, minlength=len(facts.images)) == 0)
     if len(empty):
-        yield _of(facts, empty[0], f'{len(empty)} of {len(facts.images)} photos have no object, this is '
+        yield of_photo(facts, empty[0], f'{len(empty)} of {len(facts.images)} photos have no object, '
+                                        f'this is '
                   'the first. Background, or forgotten?')
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #618c298d
@@ -535,7 +419,7 @@ def mask_extent(
 @rule('bad-mask', 'error', 'a segmentation that is none, or lies elsewhere than its box')
 def bad_mask(
     facts, # `Facts`
-):
+)->Iterator:   # of dicts, see `rule`
     "Run lengths with `iscrowd` 0 are fine."
     for n,(_,a) in enumerate(facts.objects):
         if not a.get('segmentation'): continue

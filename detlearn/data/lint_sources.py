@@ -10,6 +10,7 @@ __all__ = ['RULE_OF_WORDS', 'Place', 'children', 'JsonPlaces', 'Finding', 'Sourc
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #74db8b57
 import bisect, json, os, re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ class Place:
 def children(
     text:str,  # JSON
     i:int,     # where an object or array begins
-):             # yields `(key or number, offset of the value)`
+)->Iterator:   # of `(key or number, offset of the value)`
     "The entries of an object or array, without going into them."
     decode,space = json.JSONDecoder().raw_decode,re.compile(r'[ \t\r\n]*').match
     skip,named,n = lambda k: space(text, k).end(),text[i] == '{',0
@@ -57,7 +58,7 @@ class JsonPlaces:
         self.text = Path(path).read_bytes().decode('utf-8-sig')
 
     @cached_property
-    def newlines(self):
+    def newlines(self)->list: # offsets
         "Where lines end."
         return [m.start() for m in re.finditer('\n', self.text)]
 
@@ -75,7 +76,7 @@ class JsonPlaces:
 
     def place(self,
         pointer:str, # JSON pointer
-    )->Place:
+    )->Place:        # with file, line, column
         "Line and column of an entry."
         i = self.offset(pointer); line = bisect.bisect_left(self.newlines, i)
         return Place(self.path, line+1, i - (self.newlines[line-1] if line else -1), pointer)
@@ -91,6 +92,7 @@ class Finding:
     image:str=''      # file name of the photo
     box:object=None   # xyxy, pixels
     fix:object=None   # `(list, number, None)`: drop that entry; `(list, number, dict)`: set these values
+    boxes:object=None # xyxy of all boxes of the photo, where the finding is about them
     def __str__(self):
         photo = f' [{self.image}]' if self.image and self.image not in self.message else ''
         return f'{self.place}: {self.severity} {self.rule}: {self.message}{photo}'
@@ -98,7 +100,7 @@ class Finding:
     def as_dict(self)->dict: # plain values, for JSON
         "For tools."
         out = dict(vars(self), place=None, **vars(self.place), repairable=self.fix is not None)
-        return {k: v for k,v in out.items() if k not in ('place', 'fix')}
+        return {k: v for k,v in out.items() if k not in ('place', 'fix', 'boxes')}
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #4ff68da4
 @dataclass
@@ -122,11 +124,12 @@ class Source:
         image='',       # file name; found from the entry where it is left out
         box=None,       # xyxy
         unusable=False, # other rules can't use the entry
+        boxes=None,     # see `Finding`
     ):
         "Add a finding."
         place = where if isinstance(where, Place) else self.place_of(*where)
         if unusable and not isinstance(where, Place): self.bad.add(where[:2])
-        self.findings.append(Finding(rule, severity, message, place, image, box, fix))
+        self.findings.append(Finding(rule, severity, message, place, image, box, fix, boxes))
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #7935eba9
 _plain = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -283,7 +286,7 @@ def three_lists(
 def from_coco(
     path,        # a json
     folder=None, # of the photos; None: the one below the json's that has them
-)->Source:
+)->Source:       # with what is wrong in `findings`
     "A COCO file, with all that is wrong in its entries."
     s = Source('coco', str(path), dict(images=[], annotations=[], categories=[]),
                lambda *a: Place(str(path)),
@@ -398,7 +401,7 @@ def from_voc(
     path,            # a folder with xml files, perhaps in `Annotations`; or one xml file
     folder=None,     # of the photos; None: see `photos_of_voc`
     origin:float=1,  # number of the first pixel
-)->Source:
+)->Source:           # likewise
     "VOC xml files, with all that is wrong in them."
     path = Path(path); places,classes = {},{}
     inside = path/'Annotations' if (path/'Annotations').is_dir() else path
@@ -449,7 +452,7 @@ def yolo_photo(
 def from_yolo(
     path,           # the `data.yaml`
     split='train',  # key of it
-)->Source:
+)->Source:          # likewise
     "YOLO text files of a split, with all that is wrong in them."
     places = {}
     s = Source('yolo', str(path), dict(images=[], annotations=[], categories=[]),

@@ -176,7 +176,7 @@ SETS = dict(
 def find_set(
     name:str,   # of a set
     sets:dict,  # `SETS`, or a table of your own
-)->RealSet:
+)->RealSet:     # its row
     "A set by its name."
     if name not in sets: raise ValueError(f'there is no set {name!r}{nearest(name, sets)}')
     return sets[name]
@@ -206,7 +206,7 @@ def plan_text(
     root='data',     # folder
     keep:bool=False, # the archives stay
     sets=SETS,       # table
-)->str:
+)->str:              # a line an archive
     "What a download would fetch, from where, and the room that it needs."
     chosen,root = find_set(name, sets),Path(root); todo = missing_folders(chosen, root)
     lines = [f'{name}: {chosen.about}', f'terms of use: {chosen.terms}']

@@ -190,7 +190,7 @@ def yolo_line(
     ann:dict,   # COCO annotation
     label:int,  # from 0
     size,       # width, height of the photo, pixels
-)->str:
+)->str:        # class and shares, in words
     "One object as a line."
     seg = ann.get('segmentation')
     if isinstance(seg, list) and len(seg) == 1: v = seg[0]
