@@ -75,7 +75,8 @@ def block_gamma(
 )->float:            # chance of a pixel to be the corner of a square
     "How often a square must start."
     h,w = size
-    if min(h, w) < block_size: raise ValueError(f'DropBlock: a square of {block_size} does not fit into a map of {h}×{w}')
+    if min(h, w) < block_size:
+        raise ValueError(f'DropBlock: a square of {block_size} does not fit into a map of {h}×{w}')
     return drop_prob*h*w/((h - block_size + 1)*(w - block_size + 1))/block_size**2
 
 # %% ../../nbs/03_layers/04_drop.ipynb #5549d48b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plugin_name', 'build_plugin_layer', 'pair_weights', 'NonLocal2d', 'bottleneck', 'ContextBlock', 'distance_waves',
-           'near_map', 'distance_terms', 'attention_energy', 'GeneralizedAttention']
+           'near_map', 'distance_terms', 'attention_energy', 'GeneralizedAttention', 'CrissCrossAttention']
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #8effb442
 import re
@@ -242,3 +242,29 @@ class GeneralizedAttention(nn.Module):
         out = self.proj_conv((value @ weights.mT).flatten(1, 2).unflatten(2, asking.shape[2:]))
         if self.strides[0] > 1: out = F.interpolate(out, size=x.shape[2:], mode='bilinear', align_corners=False)
         return self.gamma*out + x
+
+# %% ../../nbs/03_layers/06_global_context.ipynb #6adad799
+@PLUGIN_LAYERS.register_module()
+class CrissCrossAttention(nn.Module):
+    "Each place listens along its row and its column (Huang et al., 2019)."
+    def __init__(self,
+        in_channels:int, # of the map, at least 8
+    ):
+        super().__init__()
+        if in_channels < 8:
+            raise ValueError(f'CrissCrossAttention: an eighth of in_channels={in_channels} compares; give 8')
+        self.query_conv,self.key_conv = [nn.Conv2d(in_channels, in_channels//8, 1) for _ in range(2)]
+        self.value_conv = nn.Conv2d(in_channels, in_channels, 1)
+        self.gamma = nn.ParameterDict(dict(scale=torch.zeros(())))                # starts as the identity
+
+    def forward(self,
+        x, # `(B, C, H, W)`
+    )->Tensor: # same shape
+        "Ask the column and the row, weigh both together, listen, add."
+        q,k,v,H = self.query_conv(x),self.key_conv(x),self.value_conv(x),x.shape[2]
+        itself = torch.eye(H, dtype=torch.bool, device=x.device)[:, None]         # is in the row already
+        column = torch.einsum('bchw,bciw->bhwi', q, k).masked_fill(itself, -torch.inf)
+        weights = torch.cat([column, torch.einsum('bchw,bchj->bhwj', q, k)], -1).softmax(-1)
+        said = torch.einsum('bciw,bhwi->bchw', v, weights[..., :H])
+        said = said + torch.einsum('bchj,bhwj->bchw', v, weights[..., H:])
+        return self.gamma['scale']*said + x
