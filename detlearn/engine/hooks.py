@@ -276,6 +276,7 @@ def check_files(
 @HOOKS.register_module()
 class CheckpointHook(Hook):
     "Save every so many epochs or iterations."
+    last = None                    # path of the newest
     def __init__(self,
         interval:int=-1,           # in epochs or iterations; below 1: only at the end
         by_epoch:bool=True,        # `epoch_3.pth` after epochs, or `iter_500.pth` after iterations
@@ -302,7 +303,7 @@ class CheckpointHook(Hook):
         if not (every(done, self.interval) or (self.save_last and is_last(runner, self.by_epoch))): return
         folder = folder_for(self.out_dir, runner.work_dir)
         if self.sync: mean_buffers(runner.model)
-        runner.save_checkpoint(folder, self.template.format(done+1), self.save_optimizer, **self.kwargs)
+        self.last = runner.save_checkpoint(folder, self.template.format(done+1), self.save_optimizer, **self.kwargs)
         keep_last(folder, self.template, done+1, self.keep)
 
     def after_train_epoch(self, runner):

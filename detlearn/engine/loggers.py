@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['peak_memory', 'read_log', 'record', 'log_line', 'LoggerHook', 'mean_of_processes', 'TextLoggerHook', 'CSVLoggerHook',
-           'ProgressHook', 'find_package', 'TensorboardLoggerHook', 'WandbLoggerHook', 'draw_log']
+           'ProgressHook', 'curves', 'find_package', 'TensorboardLoggerHook', 'WandbLoggerHook', 'draw_log']
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #3b4ee70b
 import csv, importlib, json, sys, warnings
@@ -215,6 +215,14 @@ class ProgressHook(Hook):
         self.bar.close()
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #4f103b8e
+def curves(
+    rec:dict, # from `record`
+)->dict:      # numbers by the zoo's names: `train/loss`, `val/bbox_mAP`, `learning_rate`
+    "What a browser draws of a record."
+    out = {f"{rec['mode']}/{k}": v for k,v in rec.items() if isinstance(v, (int, float)) and k not in ('epoch', 'iter', 'lr', 'memory', 'time', 'data_time')}
+    return out | ({'learning_rate': rec['lr']} if 'lr' in rec else {})
+
+# %% ../../nbs/14_engine/06_loggers.ipynb #3057fbb8
 def find_package(
     name:str,  # of a module
     what:str,  # who needs it
@@ -241,14 +249,13 @@ class TensorboardLoggerHook(LoggerHook):
 
     def log(self, runner, rec):
         "One point in each curve."
-        for k,v in rec.items() if self.writer else ():
-            if isinstance(v, (int, float)): self.writer.add_scalar(f"{rec['mode']}/{k}", v, runner.iter+1)
+        for k,v in curves(rec).items() if self.writer else (): self.writer.add_scalar(k, v, runner.trained)
 
     def close(self, runner):
         "Close the file."
         if self.writer: self.writer.close()
 
-# %% ../../nbs/14_engine/06_loggers.ipynb #bd6c3a72
+# %% ../../nbs/14_engine/06_loggers.ipynb #6fb5688e
 @HOOKS.register_module()
 class WandbLoggerHook(LoggerHook):
     "Curves for Weights & Biases, kept on this machine unless asked; does nothing where it is not installed."
@@ -275,8 +282,8 @@ class WandbLoggerHook(LoggerHook):
 
     def log(self, runner, rec):
         "One point in each curve."
-        values = {f"{rec['mode']}/{k}": v for k,v in rec.items() if isinstance(v, (int, float))}
-        step = dict(step=runner.iter+1) if self.with_step else values.update(global_step=runner.iter+1) or {}
+        values = curves(rec) if self.with_step else dict(curves(rec), global_step=runner.trained)
+        step = dict(step=runner.trained) if self.with_step else {}
         if self.run: self.run.log(values, commit=self.commit, **step)
 
     def after_run(self, runner):

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SetEpochInfoHook', 'ClosureHook', 'empty_cache', 'EmptyCacheHook', 'MemoryProfilerHook', 'random_size', 'find_with',
-           'SyncRandomSizeHook', 'YOLOXModeSwitchHook', 'SyncNormHook', 'ProfilerHook']
+           'fresh_workers', 'SyncRandomSizeHook', 'YOLOXModeSwitchHook', 'SyncNormHook', 'trace_handler',
+           'ProfilerHook']
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #315f9ea1
 import random
+from pathlib import Path
 import torch
 from ..core.registry import HOOKS
 from .distributed import share_norms
@@ -38,7 +40,9 @@ class ClosureHook(Hook):
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #712acde7
 def empty_cache():
     "Whatever the accelerator is; nothing without one."
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    for kind in ('cuda', 'xpu'):
+        if getattr(torch, kind).is_available(): getattr(torch, kind).empty_cache()
+    if torch.backends.mps.is_available(): torch.mps.empty_cache()
 
 @HOOKS.register_module()
 class EmptyCacheHook(Hook):
@@ -89,6 +93,7 @@ def random_size(
     n = random.randint(*ratio_range)
     return 32*int(n*img_scale[1]/img_scale[0]),32*n
 
+# %% ../../nbs/14_engine/14_more_hooks.ipynb #e06ba25a
 def find_with(
     loader,   # whose data set may be wrapped
     name:str, # of an attribute
@@ -98,7 +103,13 @@ def find_with(
     while data is not None and not hasattr(data, name): data = getattr(data, 'dataset', None)
     return data
 
-# %% ../../nbs/14_engine/14_more_hooks.ipynb #b3d7e056
+def fresh_workers(
+    loader, # between two epochs
+):
+    "Let reading processes that live on between epochs begin again, with the data set as it is now."
+    if getattr(loader, 'persistent_workers', False): loader._iterator = None
+
+# %% ../../nbs/14_engine/14_more_hooks.ipynb #9b9cae60
 @HOOKS.register_module()
 class SyncRandomSizeHook(Hook):
     "Draw an input size, the same for all processes, and tell the data set or the model."
@@ -114,7 +125,7 @@ class SyncRandomSizeHook(Hook):
         if self.ratio_range is None or (runner.epoch+1) % self.interval: return
         runner.input_size = gather_objects(random_size(self.ratio_range, self.img_scale))[0]
         data = find_with(runner.data_loader, 'dynamic_scale')
-        if data is not None: data.dynamic_scale = runner.input_size
+        if data is not None: data.dynamic_scale = runner.input_size; fresh_workers(runner.data_loader)
         else: getattr(runner.model, 'module', runner.model)._input_size = runner.input_size
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #10357a01
@@ -132,7 +143,7 @@ class YOLOXModeSwitchHook(Hook):
         data,model = find_with(runner.data_loader, 'update_skip_type_keys'),getattr(runner.model, 'module', runner.model)
         head = getattr(model, 'bbox_head', None)
         if getattr(head, 'use_l1', False): return
-        if data is not None: data.update_skip_type_keys(self.skip)
+        if data is not None: data.update_skip_type_keys(self.skip); fresh_workers(runner.data_loader)
         if head is not None: head.use_l1 = True
         runner.say(f'epoch {runner.epoch+1}: no more {", ".join(self.skip)}; the L1 loss is added')
 
@@ -154,6 +165,19 @@ class SyncNormHook(Hook):
         if every(runner.epoch, self.interval): share_norms(runner.model, average=True)
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #0b80976c
+def trace_handler(
+    ready, # `f(profile)`; `dict(type='log_trace', sort_by=, row_limit=)`; `dict(type='tb_trace', dir_name=)`; None: a table
+    runner,# says the table
+):         # `f(profile)`
+    "Who is told what a profile has found."
+    if callable(ready): return ready
+    cfg = dict(dict(type='log_trace', sort_by='cpu_time_total', row_limit=8), **(ready or {})); kind = cfg.pop('type')
+    if kind == 'log_trace': return lambda p: runner.say(p.key_averages().table(**cfg))
+    if kind != 'tb_trace': raise ValueError(f"on_trace_ready has type={kind!r}: choose 'log_trace' or 'tb_trace', or give a function.")
+    rest = {k: v for k,v in cfg.items() if k not in ('sort_by', 'row_limit', 'dir_name')}
+    return torch.profiler.tensorboard_trace_handler(str(cfg.get('dir_name') or Path(runner.work_dir or '.')/'tf_tracing_logs'), **rest)
+
+# %% ../../nbs/14_engine/14_more_hooks.ipynb #731fa9bd
 @HOOKS.register_module()
 class ProfilerHook(Hook):
     "torch's profiler for the first iterations (or epochs) of a run."
@@ -161,8 +185,8 @@ class ProfilerHook(Hook):
         by_epoch:bool=True,       # count epochs or iterations
         profile_iters:int=1,      # how many
         activities=('cpu', 'cuda'), # what is watched; `'cuda'` where there is one
-        schedule=None,            # dict for `torch.profiler.schedule`
-        on_trace_ready=None,      # `f(profile)`; None: a table
+        schedule=None,            # dict for `torch.profiler.schedule`: `wait`, `warmup`, `active`, `repeat`
+        on_trace_ready=None,      # `f(profile)`, or a dict, see `trace_handler`; None: a table
         record_shapes=False,      # of the profiler
         profile_memory=False,     # of the profiler
         with_stack=False,         # of the profiler
@@ -170,13 +194,18 @@ class ProfilerHook(Hook):
         json_trace_path=None,     # a file for a trace viewer
     ):
         self.by_epoch,self.n,self.ready,self.path = by_epoch,profile_iters,on_trace_ready,json_trace_path
-        kinds = [a for a in activities if a != 'cuda' or torch.cuda.is_available()]
-        self.kw = dict(activities=[getattr(torch.profiler.ProfilerActivity, a.upper()) for a in kinds],
-                       schedule=torch.profiler.schedule(**schedule) if schedule else None, with_flops=with_flops,
+        if profile_iters < 1: raise ValueError(f'ProfilerHook: profile_iters={profile_iters} must be at least 1.')
+        kinds = [a.upper() for a in activities if a != 'cuda' or torch.cuda.is_available()]
+        for k in kinds:
+            if not hasattr(torch.profiler.ProfilerActivity, k): raise ValueError(f"ProfilerHook: activities has {k.lower()!r}: choose 'cpu', 'cuda'.")
+        self.kw = dict(activities=[getattr(torch.profiler.ProfilerActivity, k) for k in kinds], with_flops=with_flops,
+                       schedule=torch.profiler.schedule(**schedule) if schedule else None,
                        record_shapes=record_shapes, profile_memory=profile_memory, with_stack=with_stack)
 
     def before_run(self, runner):
         "Start."
+        end = runner.max_epochs if self.by_epoch else runner.max_iters
+        if end and self.n > end: raise ValueError(f"ProfilerHook: profile_iters={self.n}, but the run has {end} {'epochs' if self.by_epoch else 'iterations'}: it would never report.")
         self.profile = torch.profiler.profile(**self.kw); self.profile.__enter__()
 
     def stop(self,
@@ -187,8 +216,7 @@ class ProfilerHook(Hook):
         if self.profile is None or done+1 < self.n: return
         self.profile.__exit__(None, None, None)
         if self.path: self.profile.export_chrome_trace(str(self.path))
-        say = self.ready or (lambda p: runner.say(p.key_averages().table(sort_by='cpu_time_total', row_limit=8)))
-        say(self.profile); self.profile = None
+        trace_handler(self.ready, runner)(self.profile); self.profile = None
 
     def after_train_iter(self, runner):
         "Count."
