@@ -95,6 +95,7 @@ class ClearMLLoggerHook(Tracker):
         "One by one."
         for k,v in values.items(): self.at.report_scalar(k, k, v, step)
 
+# %% ../../nbs/14_engine/06a_trackers.ipynb #93cd5516
 @HOOKS.register_module()
 class NeptuneLoggerHook(Tracker):
     "Neptune: `init_run(**init_kwargs)`, `run[name].append(value)`."
@@ -163,6 +164,7 @@ class SegmindLoggerHook(Tracker):
         "All at once."
         self.there.log_metrics(values, step=runner.epoch, epoch=runner.epoch)
 
+# %% ../../nbs/14_engine/06a_trackers.ipynb #731c3978
 @HOOKS.register_module()
 class PaviLoggerHook(Tracker):
     "Pavi: `SummaryWriter(**init_kwargs)`, `add_scalars`."
