@@ -14,7 +14,6 @@ from ..data.transforms import read_image
 from .evaluation_hooks import EvalHook
 from .hooks import CheckpointHook
 from .loggers import WandbLoggerHook, curves
-from .runner import get_dist_info
 from ..evaluation.coco_eval import to_original
 
 # %% ../../nbs/14_engine/14a_wandb_images.ipynb #3b516536
