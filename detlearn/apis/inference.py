@@ -16,7 +16,8 @@ from torchvision import tv_tensors
 from ..core.config import Config
 from ..core.registry import PIPELINES
 from ..core.structures import Detections
-from ..data.coco import no_such_file, palette
+from ..data.class_names import palette
+from ..data.coco import no_such_file
 from ..data.loader import collate
 from ..data.transforms import Compose, hwc, read_image, to_eight_bits
 from ..detectors.build import build_detector

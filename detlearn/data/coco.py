@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'check_layout', 'check_ids', 'check_name',
            'check_images', 'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows',
-           'leave_out', 'keep_images', 'say_skipped', 'use_coco', 'read_coco', 'objects_of', 'decode_masks', 'palette',
-           'run_steps', 'check_settings', 'CocoDataset', 'as_coco', 'write_coco', 'first_usable']
+           'leave_out', 'keep_images', 'say_skipped', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
+           'run_steps', 'check_settings', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco',
+           'first_usable']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
-import colorsys, difflib, json, os, posixpath, warnings
+import difflib, json, os, posixpath, warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from torch.utils.data import Dataset
 from ..core.registry import DATASETS, EVALUATORS, PIPELINES, call
+from .class_names import COCO, colours_of
 
 # %% ../../nbs/02_data/01_coco.ipynb #5e6afe71
 def no_such_file(
@@ -364,13 +366,6 @@ def decode_masks(
     return out
 
 # %% ../../nbs/02_data/01_coco.ipynb #4cff1b9f
-def palette(
-    n:int,  # number of classes
-)->list:    # `n` times `(red, green, blue)`, 0 to 255
-    "A colour for each class; neighbours differ much, and more classes do not change the first ones."
-    hsv = [(i*.618034 % 1, (.75, .5)[i//5 % 2], (.9, .7)[i//10 % 2]) for i in range(n)]
-    return [tuple(round(255*v) for v in colorsys.hsv_to_rgb(*c)) for c in hsv]
-
 def run_steps(
     steps,   # callables, `results -> results` or None
     results, # dict
@@ -393,11 +388,27 @@ def check_settings(
         raise ValueError(f'file_client_args={file_client_args}: only the disk is read. '
                          'Copy the files there and remove the setting.')
 
+
+def names_for(
+    kind,     # class of a data set, with `CLASSES`
+    classes,  # its setting `classes`
+)->object:    # names, or None: those of the file
+    "What the setting says, else the class; COCO's own list gives way to the file."
+    return classes if classes is not None or kind.CLASSES is CocoDataset.CLASSES else kind.CLASSES
+
+def palette_for(
+    kind,     # class of a data set, with `CLASSES` and `PALETTE`
+    names,    # of the classes that are used
+)->list:      # a colour for each
+    "The colours that the class knows, generated ones for other names."
+    known = zip(kind.CLASSES or (), kind.PALETTE or ()) if len(kind.CLASSES or ()) == len(kind.PALETTE or ()) else ()
+    return colours_of(names, dict(known))
+
 # %% ../../nbs/02_data/01_coco.ipynb #e472a104
 @DATASETS.register_module()
 class CocoDataset(Dataset):
     "Images and objects of a COCO annotation file, each through a pipeline."
-    CLASSES = None
+    CLASSES,PALETTE = tuple(COCO),list(COCO.values())
     evaluator = 'CocoMetric' # the rules by which results are judged
     def __init__(self,
         ann_file,                   # path of the json
@@ -419,10 +430,10 @@ class CocoDataset(Dataset):
         self.test_mode,self.filter_empty_gt = test_mode,filter_empty_gt
         steps = [pipeline] if callable(pipeline) or isinstance(pipeline, dict) else pipeline
         self.pipeline = [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
-        self.CLASSES = wanted_names(type(self).CLASSES if classes is None else classes)
+        self.CLASSES = wanted_names(names_for(type(self), classes))
         coco = self.to_lists(self.load_annotations(self.ann_file))
         vars(self).update(use_coco(coco, self.ann_file, self.CLASSES, test_mode, filter_empty_gt))
-        self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette(len(self.CLASSES))
+        self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette_for(type(self), self.CLASSES)
         self.cat2label = {c: i for i,c in enumerate(self.cat_ids)}
         self.flag = np.array([im['width'] > im['height'] for im in self.data_infos], np.uint8)
         if self.skipped: print(say_skipped(self.skipped, self.ann_file))

@@ -67,7 +67,7 @@ def from_middle(
 @DATASETS.register_module()
 class CustomDataset(CocoDataset):
     "A data set whose `load_annotations` gives a list with a dict for each photo."
-    evaluator = 'MapMetric'
+    CLASSES,PALETTE,evaluator = None,None,'MapMetric'
     def load_annotations(self,
         ann_file, # path of a json
     )->list:      # of dicts: filename, width, height, ann
@@ -104,7 +104,7 @@ def judged(
 @DATASETS.register_module(name=['LVISDataset', 'LVISV05Dataset'])
 class LVISV05Dataset(CocoDataset):
     "LVIS 0.5: names of COCO 2014 are cut to those of 2017."
-    evaluator = 'LVISMetric'
+    CLASSES,PALETTE,evaluator = None,None,'LVISMetric'
     def load_annotations(self,
         ann_file, # path of the json
     )->dict:      # images, annotations, categories
@@ -117,7 +117,7 @@ class LVISV05Dataset(CocoDataset):
 @DATASETS.register_module()
 class LVISV1Dataset(CocoDataset):
     "LVIS 1.0: the name of a photo is the end of its address."
-    evaluator = 'LVISMetric'
+    CLASSES,PALETTE,evaluator = None,None,'LVISMetric'
     def load_annotations(self,
         ann_file, # path of the json
     )->dict:      # images, annotations, categories

@@ -6,7 +6,7 @@
 __all__ = ['mix', 'seeded', 'keys_of', 'EpochSampler', 'SampledEpochs', 'choose_sampler', 'unwrap', 'stack_images', 'objects',
            'LoadedBatch', 'collate', 'LoaderError', 'failure', 'Seeded', 'TakeBatch', 'DetLoader', 'build_dataloader',
            'RepeatDataset', 'mark_part', 'joined_images', 'joined_coco', 'results_of_parts', 'ConcatDataset',
-           'build_dataset']
+           'one_by_file', 'build_dataset']
 
 # %% ../../nbs/02_data/07_loader.ipynb #3def32ef
 import bisect, random, traceback, warnings
@@ -300,6 +300,12 @@ class RepeatDataset(Dataset):
         "Which categories an image holds."
         return self.dataset.get_cat_ids(idx % len(self.dataset))
 
+    def get_ann_info(self,
+        idx:int, # position
+    )->dict:     # of the image there
+        "The objects of one image."
+        return self.dataset.get_ann_info(idx % len(self.dataset))
+
 # %% ../../nbs/02_data/07_loader.ipynb #f3e29601
 def mark_part(
     sample,   # of a pipeline; what has no `img_metas` is handed through
@@ -413,6 +419,17 @@ class ConcatDataset(torch.utils.data.ConcatDataset):
         return {f'{k}_{name}': v for k,(d,r) in each for name,v in d.evaluate(r, **settings).items()}
 
 # %% ../../nbs/02_data/07_loader.ipynb #a9954844
+def one_by_file(
+    cfg:dict, # of a data set whose `ann_file` is a list
+)->list:      # a dict for each file
+    "A config for each annotation file; folders may be lists as long, or one for all."
+    n,lists = len(cfg['ann_file']),{k: cfg[k] for k in ('ann_file', 'img_prefix', 'seg_prefix', 'proposal_file') if isinstance(cfg.get(k), (list, tuple))}
+    for k,v in lists.items():
+        if len(v) != n: raise ValueError(f'ann_file names {n} files, {k} {len(v)}: give one for each, or a text for all.')
+    rest = {k: v for k,v in cfg.items() if k != 'separate_eval'}
+    return [{**rest, **{k: v[i] for k,v in lists.items()}} for i in range(n)]
+
+# %% ../../nbs/02_data/07_loader.ipynb #f33f8030
 def build_dataset(
     cfg,               # dict with `type`; a list of them is joined; a data set is handed through
     default_args=None, # dict, for what `cfg` leaves open, e.g. `dict(test_mode=True)`
@@ -422,11 +439,7 @@ def build_dataset(
     if isinstance(cfg, (list, tuple)): return ConcatDataset(each(cfg))
     if not isinstance(cfg, dict): return cfg
     cfg = dict(cfg)
-    files,folders = cfg.get('ann_file'),cfg.get('img_prefix', '')
-    if isinstance(files, (list, tuple)):
-        folders = folders if isinstance(folders, (list, tuple)) else [folders]*len(files)
-        parts = [{**cfg, 'ann_file': a, 'img_prefix': p} for a,p in zip(files, folders)]
-        return ConcatDataset(each(parts))
+    if isinstance(cfg.get('ann_file'), (list, tuple)): return ConcatDataset(each(one_by_file(cfg)), cfg.get('separate_eval', True))
     inner = [k for k in ('dataset', 'datasets') if k in cfg]
     if not inner: return DATASETS.build({**(default_args or {}), **cfg})
     if 'dataset' in cfg: cfg['dataset'] = build_dataset(cfg['dataset'], default_args)

@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 import defusedxml.sax
 from defusedxml.common import DefusedXmlException
 from ..core.registry import DATASETS, nearest
+from .class_names import VOC
 from .coco import AnnotationError, CocoDataset, check_name, no_such_file
 
 # %% ../../nbs/02_data/02_voc.ipynb #bc5915b1
@@ -106,13 +107,13 @@ def read_object(
 
 def read_voc(
     path,      # an xml file
-)->dict:       # filename, width, height (0: not said), objects
+)->dict:       # filename, folder (empty: not said), width, height (0: not said), objects
     "What an xml file says about its photo."
     top = read_xml(path)
     if top.tag != 'annotation': raise AnnotationError(f'{path}:{top.line}: the top is <{top.tag}>, expected <annotation>.')
-    size,name = top.find('size'),top.find('filename')
+    size,(name,folder) = top.find('size'),[e.text.strip() if e is not None else '' for e in map(top.find, ('filename', 'folder'))]
     width,height = (number_in(size, t, path, 0) if size is not None else 0 for t in ('width', 'height'))
-    return dict(filename=name.text.strip() if name is not None else '', width=int(width), height=int(height),
+    return dict(filename=name, folder=folder, width=int(width), height=int(height),
                 objects=[read_object(e, path) for e in top if e.tag == 'object'])
 
 # %% ../../nbs/02_data/02_voc.ipynb #26df25a3
@@ -162,7 +163,7 @@ def voc_lists(
 @DATASETS.register_module()
 class XMLDataset(CocoDataset):
     "Photos with one xml file each."
-    evaluator = 'MapMetric'
+    CLASSES,PALETTE,evaluator = None,None,'MapMetric'
     def __init__(self,
         ann_file=None,              # text file with one name a line; None: every xml file, sorted
         pipeline=(),                # steps: callables, or dicts with `type`
@@ -182,7 +183,8 @@ class XMLDataset(CocoDataset):
         "All xml files of the list, as COCO's lists."
         folder,files = Path(self.img_prefix or '')/self.ann_subdir,{}
         for name in names_of(ann_file, folder):
-            found,stem = read_voc(folder/f'{name}.xml'),f'{self.img_subdir}/{name}'
+            found = read_voc(folder/f'{name}.xml'); stem = self.photo_stem(name, found)
+            check_name(stem, f'{folder}/{name}.xml: the photo')
             whole = os.path.join(self.img_prefix or '', stem)
             found['file_name'] = str(PurePosixPath(stem + find_photo(whole)))
             if min(found['width'], found['height']) < 1: found['width'],found['height'] = photo_size(whole + find_photo(whole))
@@ -190,6 +192,13 @@ class XMLDataset(CocoDataset):
         self.ann_file = ann_file or str(folder)
         say_unseen(files, type(self).CLASSES is None and self.CLASSES or (), folder)
         return voc_lists(files, self.CLASSES, self.origin, self.min_size)
+
+    def photo_stem(self,
+        name:str,   # of the xml file, without ending
+        found:dict, # of `read_voc`
+    )->str:         # path below `img_prefix`, without ending
+        "Where the photo lies; a data set with other folders differs here alone."
+        return f'{self.img_subdir}/{name}'
 
 # %% ../../nbs/02_data/02_voc.ipynb #b5223ad2
 def names_of(
@@ -257,9 +266,7 @@ def write_voc(
 @DATASETS.register_module()
 class VOCDataset(XMLDataset):
     "PASCAL VOC 2007 or 2012."
-    CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
-               'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
-    evaluator = 'VOCMetric'
+    CLASSES,PALETTE,evaluator = tuple(VOC),list(VOC.values()),'VOCMetric'
     def __init__(self,
         *args,    # of `XMLDataset`
         **kwargs, # likewise

@@ -158,6 +158,7 @@ def photos_of(
 @DATASETS.register_module()
 class YOLODataset(CocoDataset):
     "Photos with one text file each, and a yaml."
+    CLASSES = PALETTE = None
     def __init__(self,
         ann_file,           # path of the `data.yaml`
         pipeline=(),        # steps: callables, or dicts with `type`
