@@ -36,12 +36,12 @@ def embedding(loss, pred, target, match):
 
 
 def isr_p(bbox_targets, sampling_results, num_class=80, **more):
-    "Lists of the positives' objects, image by image, as codes of all rows; no two images share a code."
+    "Lists of the positives' objects, image by image, as codes of all rows: the zoo's codes, which start anew at the third image."
     positive = (bbox_targets[0] >= 0) & (bbox_targets[0] < num_class)
     objects, offset = [], 1
     for image in sampling_results:
         objects.append(image.pos_assigned_gt_inds + offset)
-        offset += int(image.pos_assigned_gt_inds.max()) + 1 if len(objects[-1]) else 0
+        if len(objects[-1]): offset = int(image.pos_assigned_gt_inds.max()) + 2
     codes = torch.zeros_like(bbox_targets[0]).masked_scatter(positive, torch.cat(objects))
     more = {k: getattr(v, 'part', v) for k, v in more.items()}   # parts themselves, not behind the zoo's methods
     return ours(bbox_targets=bbox_targets, sampling_results=SimpleNamespace(gt_inds=codes), num_class=num_class, **more)
