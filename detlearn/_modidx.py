@@ -2065,6 +2065,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                     'detlearn.data.yolo.YOLODataset.load_annotations': ( '02_data/yolo.html#yolodataset.load_annotations',
                                                                                          'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.class_names': ('02_data/yolo.html#class_names', 'detlearn/data/yolo.py'),
+                                    'detlearn.data.yolo.is_outline': ('02_data/yolo.html#is_outline', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.label_file': ('02_data/yolo.html#label_file', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.photos_below': ('02_data/yolo.html#photos_below', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.photos_of': ('02_data/yolo.html#photos_of', 'detlearn/data/yolo.py'),

@@ -51,6 +51,34 @@ def of_openimages(path, sizes):
             w,h = sizes[Path(r['ImageID']).stem]; yield Path(r['ImageID']).stem,r['LabelName'],num(r, 'XMin')*w,num(r, 'YMin')*h,num(r, 'XMax')*w,num(r, 'YMax')*h
     return by_photo(rows())
 
+def fields(b):
+    "The fields of a protobuf message: number, bytes or whole number."
+    i = 0
+    def varint():
+        nonlocal i
+        value = shift = 0
+        while True:
+            byte = b[i]; i += 1; value |= (byte & 127) << shift; shift += 7
+            if byte < 128: return value
+    while i < len(b):
+        key = varint(); kind = key & 7
+        n = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, 0)
+        yield key >> 3, varint() if kind == 0 else b[i:i+n]
+        i += n
+
+def of_tfrecord(path, sizes):
+    raw, at, floats = path.read_bytes(), 0, lambda v: np.frombuffer(dict(fields(v))[1], '<f4') if v else []
+    def rows():
+        nonlocal at
+        while at < len(raw):                                   # length, its checksum, an Example, its checksum
+            n = int.from_bytes(raw[at:at+8], 'little'); record = raw[at+12:at+12+n]; at += 16+n
+            facts = {e[1].decode(): dict(fields(e[2])) for _,v in fields(dict(fields(record))[1]) for e in [dict(fields(v))]}
+            texts = [t.decode() for _,t in fields(facts['image/object/class/text'].get(1, b''))]
+            stem = Path(dict(fields(facts['image/filename'][1]))[1].decode()).stem; w,h = sizes[stem]
+            x1,y1,x2,y2 = [floats(facts[f'image/object/bbox/{k}'].get(2)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
+            for k,name in enumerate(texts): yield stem,name,x1[k]*w,y1[k]*h,x2[k]*w,y2[k]*h
+    return by_photo(rows())
+
 FORMATS = PHOTOS/'annotation_formats'/'gts'
 
 @pytest.fixture(scope='module')
@@ -63,11 +91,14 @@ def of_coco(path): return of_dataset(CocoDataset(path, [], test_mode=True))
 
 READERS = {'coco_format_v1': lambda f, s: of_coco(f/'instances_default.json'), 'coco_format_v2': lambda f, s: of_coco(f/'instances_v2.json'),
            'imagenet_format': lambda f, s: of_voc_folder(f/'Annotations'), 'yolo_format': of_yolo_folder,
-           'cvat_format': lambda f, s: of_cvat(f/'annotations.xml'), 'openimages_format': lambda f, s: of_openimages(f/'all_bounding_boxes.csv', s)}
+           'cvat_format': lambda f, s: of_cvat(f/'annotations.xml'), 'openimages_format': lambda f, s: of_openimages(f/'all_bounding_boxes.csv', s),
+           'tfrecord_format': lambda f, s: of_tfrecord(f/'default.tfrecord', s)}
 
 @here
 @pytest.mark.parametrize('name', READERS)
 def test_formats_agree_box_by_box(name, reference, sizes):
+    "Seven formats against the eighth, VOC's xml: all of them."
+    assert {*READERS, 'pascalvoc_format'} == {p.name for p in FORMATS.iterdir()}
     found = READERS[name](FORMATS/name, sizes)
     assert found.keys() == reference.keys() and len(found) == 100
     assert sum(map(len, found.values())) == sum(map(len, reference.values())) == 273
@@ -104,7 +135,7 @@ def test_counts_and_pycocotools(name):
         assert rows['box'].tolist() == [a['bbox'] for a in anns] and rows['area'].tolist() == [a['area'] for a in anns]
         assert rows['crowd'].tolist() == [bool(a.get('iscrowd')) for a in anns]
         assert [data.cat_ids[l] for l in rows['label']] == [a['category_id'] for a in anns]
-        if k < 6 and anns and anns[0].get('segmentation'):
+        if anns and anns[0].get('segmentation'):
             im = data.data_infos[k]; ours = decode_masks(data.segmentations[lo:hi], im['height'], im['width'])
             assert all((m == theirs.annToMask(a)).all() for m,a in zip(ours, anns))
 
@@ -179,6 +210,18 @@ def test_round_trips(toys, tmp_path):
             assert [r[0] for r in back[k]] == [r[0] for r in whole[k]]; np.testing.assert_allclose([r[1:] for r in back[k]], [r[1:] for r in whole[k]], atol=1e-4)
         texts = {p: p.read_bytes() for p in (tmp_path/folder).rglob('*') if p.is_file() and p.suffix in ('.xml', '.txt', '.yaml')}
         write(again, tmp_path/folder); assert texts == {p: p.read_bytes() for p in texts}
+
+@here
+@pytest.mark.parametrize('name', ['fruits_nuts/train.json', 'fruits_nuts/val.json'])
+def test_outlines_survive_yolo(name, tmp_path):
+    "Real polygons as shares of the photo and back: every point within a thousandth of a pixel, every class."
+    data = CocoDataset(PHOTOS/name, [], img_prefix=str(PHOTOS/'fruits_nuts'/'images')); write_yolo(data, tmp_path)
+    (tmp_path/'images').mkdir(); (tmp_path/'images'/'train').symlink_to(PHOTOS/'fruits_nuts'/'images')
+    (tmp_path/'list.txt').write_text('\n'.join(f"images/train/{im['file_name']}" for im in data.data_infos)); (tmp_path/'data.yaml').write_text((tmp_path/'data.yaml').read_text().replace('images/train', 'list.txt'))
+    again = YOLODataset(tmp_path/'data.yaml', [])
+    assert len(again.segmentations) == len(data.segmentations) and again.CLASSES == data.CLASSES
+    for a,b,r,q in zip(data.segmentations, again.segmentations, data.rows, again.rows):
+        np.testing.assert_allclose(a[0], b[0], atol=1e-3); assert (r['image'], r['label']) == (q['image'], q['label'])
 
 def test_evaluation_takes_voc(toys, tmp_path):
     from detlearn.evaluation.coco_eval import evaluate

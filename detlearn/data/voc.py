@@ -252,6 +252,8 @@ def write_voc(
     for a in coco['annotations']:
         x,y,w,h = a['bbox']
         objects[a['image_id']].append((names[a['category_id']], (x, y, x+w, y+h), a.get('iscrowd', 0)))
+    masks = sum(bool(a.get('segmentation')) for a in coco['annotations'])
+    if masks: print(f'{root}: left out {masks} mask{"s"*(masks != 1)}: the format holds boxes.')
     stems = [str(PurePosixPath(im['file_name'].removeprefix('JPEGImages/')).with_suffix('')) for im in coco['images']]
     if len(set(stems)) < len(stems): raise ValueError(f'{root}: two photos would share an xml file; their names differ in the ending alone.')
     for stem,im in zip(stems, coco['images']):

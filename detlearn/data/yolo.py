@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shares_of', 'read_line', 'read_labels', 'to_annotation', 'class_names', 'read_data_yaml', 'label_file',
-           'photos_below', 'photos_of', 'YOLODataset', 'yolo_line', 'write_yolo']
+           'photos_below', 'photos_of', 'YOLODataset', 'is_outline', 'yolo_line', 'write_yolo']
 
 # %% ../../nbs/02_data/03_yolo.ipynb #90ea6dac
 from pathlib import Path, PurePosixPath
@@ -145,6 +145,7 @@ def photos_of(
                               f'with one photo a line.')
     out = []
     for e in [entries] if isinstance(entries, str) else entries:
+        if isinstance(e, str) and e.startswith('../') and (root/e[3:]).exists(): e = e[3:]  # Roboflow's exports mean the yaml's own folder
         check_name(e, f'{path}: {split}')
         where = root/e
         if where.is_dir(): out += photos_below(where)
@@ -187,14 +188,19 @@ class YOLODataset(CocoDataset):
         return out
 
 # %% ../../nbs/02_data/03_yolo.ipynb #fdab2e61
+def is_outline(
+    ann:dict,  # COCO annotation
+)->bool:       # True: one polygon
+    "Can the mask be written as one outline?"
+    return isinstance(ann.get('segmentation'), list) and len(ann['segmentation']) == 1
+
 def yolo_line(
     ann:dict,   # COCO annotation
     label:int,  # from 0
     size,       # width, height of the photo, pixels
 )->str:        # class and shares, in words
     "One object as a line."
-    seg = ann.get('segmentation')
-    if isinstance(seg, list) and len(seg) == 1: v = seg[0]
+    if is_outline(ann): v = ann['segmentation'][0]
     else:
         x,y,w,h = ann['bbox']; v = [x+w/2, y+h/2, w, h]
     return ' '.join([str(label), *(f'{p/size[i % 2]:.9f}' for i,p in enumerate(v))])
@@ -211,7 +217,9 @@ def write_yolo(
     lines = {im['id']: [] for im in coco['images']}
     sizes = {im['id']: (im['width'], im['height']) for im in coco['images']}
     crowds = sum(bool(a.get('iscrowd')) for a in coco['annotations'])
-    if crowds: print(f'{root}: left out {crowds} crowds, which the format can not mark.')
+    if crowds: print(f'{root}: left out {crowds} crowd{"s"*(crowds != 1)}, which the format can not mark.')
+    boxed = sum(not is_outline(a) and bool(a.get('segmentation')) and not a.get('iscrowd') for a in coco['annotations'])
+    if boxed: print(f'{root}: {boxed} mask{"s"*(boxed != 1)} of several parts or run lengths written as boxes.')
     for a in coco['annotations']:
         if not a.get('iscrowd'):
             lines[a['image_id']].append(yolo_line(a, label[a['category_id']], sizes[a['image_id']]))
