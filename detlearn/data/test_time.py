@@ -63,6 +63,6 @@ class SegRescale:
         for key in results.get('seg_fields', []):
             h,w = out[key].shape[-2:]
             width,height = rescaled_size((w, h), float(self.scale_factor))
-            seg = F.resize(plain(out[key])[None], [height, width], InterpolationMode.NEAREST)
+            seg = F.resize(plain(out[key])[None], [height, width], InterpolationMode.NEAREST_EXACT)
             out[key] = tv_tensors.Mask(seg[0])
         return out

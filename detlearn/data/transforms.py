@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['READ_MODES', 'INTERPOLATION', 'FLIPS', 'META_KEYS', 'to_eight_bits', 'decode_by_pil', 'decode', 'read_image', 'hwc',
            'check_size', 'LoadImageFromFile', 'as_boxes', 'load_masks', 'LoadAnnotations', 'move_boxes', 'move',
-           'rescaled_size', 'draw_scale', 'check_scales', 'Resize', 'flip_matrix', 'flip_chances', 'RandomFlip',
-           'saturate', 'turn_hue', 'distort', 'PhotoMetricDistortion', 'Normalize', 'padded_size', 'Pad', 'plain',
-           'ImageToTensor', 'DefaultFormatBundle', 'default_metas', 'Collect', 'Compose', 'MultiScaleFlipAug']
+           'rescaled_size', 'draw_scale', 'check_scales', 'resized', 'Resize', 'flip_matrix', 'flipped', 'flip_chances',
+           'RandomFlip', 'saturate', 'turn_hue', 'distort', 'PhotoMetricDistortion', 'Normalize', 'padded_size',
+           'padded', 'zoo_colour', 'Pad', 'plain', 'ImageToTensor', 'DefaultFormatBundle', 'default_metas', 'Collect',
+           'Compose', 'MultiScaleFlipAug']
 
 # %% ../../nbs/02_data/04_transforms.ipynb #8b43a2eb
 import io, warnings
@@ -254,6 +255,21 @@ def check_scales(
                          "write multiscale_mode='value' to choose one of them.")
 
 # %% ../../nbs/02_data/04_transforms.ipynb #ccc7c139
+def resized(
+    results:dict,    # of a pipeline
+    size:tuple,      # height, width
+    mode=InterpolationMode.BILINEAR, # for the image; shrinking averages (antialias)
+    clip:bool=False, # cut boxes at the border
+)->dict:
+    "Image, boxes and masks at another size."
+    (h,w),(H,W) = results['img'].shape[-2:],size
+    out = move(results, torch.diag(torch.tensor([W/w, H/h, 1.])), size, clip)
+    out['img'] = F.resize(results['img'], [H, W], mode, antialias=True)
+    for key in results.get('mask_fields', []) + results.get('seg_fields', []):
+        out[key] = F.resize(results[key], [H, W], InterpolationMode.NEAREST_EXACT)
+    return dict(out, img_shape=hwc(out['img']), pad_shape=hwc(out['img']))
+
+# %% ../../nbs/02_data/04_transforms.ipynb #7aebe372
 INTERPOLATION = dict(nearest=InterpolationMode.NEAREST, bilinear=InterpolationMode.BILINEAR,
                      bicubic=InterpolationMode.BICUBIC, area=InterpolationMode.BILINEAR)
 
@@ -281,13 +297,9 @@ class Resize:
     def __call__(self, results):
         scale,(h,w) = self.scale_for(results),results['img'].shape[-2:]
         new = rescaled_size((w, h), scale) if self.keep_ratio else tuple(int(v) for v in scale)
-        sx,sy,size = new[0]/w,new[1]/h,list(new[::-1])
-        out = move(results, torch.diag(torch.tensor([sx, sy, 1.])), size, self.bbox_clip_border)
-        image = F.resize(results['img'], size, INTERPOLATION[self.interpolation], antialias=True)
-        for key in results.get('mask_fields', []) + results.get('seg_fields', []):
-            out[key] = F.resize(results[key], size, InterpolationMode.NEAREST)
-        return dict(out, img=image, scale=scale, img_shape=hwc(image), pad_shape=hwc(image),
-                    keep_ratio=self.keep_ratio, scale_factor=np.array([sx, sy, sx, sy], np.float32))
+        out = resized(results, new[::-1], INTERPOLATION[self.interpolation], self.bbox_clip_border)
+        factors = np.array([new[0]/w, new[1]/h]*2, np.float32)
+        return dict(out, scale=scale, keep_ratio=self.keep_ratio, scale_factor=factors)
 
     def scale_for(self,
         results:dict, # may hold `scale`, or a number `scale_factor`, set by `MultiScaleFlipAug`
@@ -317,6 +329,18 @@ def flip_matrix(
     (h,w),(across,over) = size,FLIPS[direction]
     x,y = (-1., w) if across else (1., 0),(-1., h) if over else (1., 0)
     return torch.tensor([[x[0], 0, x[1]], [0, y[0], y[1]], [0, 0, 1]])
+
+def flipped(
+    results:dict,               # of a pipeline
+    direction:str='horizontal', # key of `FLIPS`
+)->dict:                        # of the same size
+    "Image, boxes and masks mirrored."
+    size,(across,over) = tuple(results['img'].shape[-2:]),FLIPS[direction]
+    out = move(results, flip_matrix(direction, size), size)
+    for key in ['img', *out.get('mask_fields', []), *out.get('seg_fields', [])]:
+        if across: out[key] = F.horizontal_flip(out[key])
+        if over:   out[key] = F.vertical_flip(out[key])
+    return out
 
 def flip_chances(
     flip_ratio, # None, one number for all directions together, or one a direction
@@ -352,13 +376,7 @@ class RandomFlip:
             out['flip_direction'] = self.direction[drawn] if out['flip'] else None
         if not out['flip']: return out
         out['flip_direction'] = out.get('flip_direction') or self.direction[0]
-        size = tuple(out['img'].shape[-2:])
-        out = move(out, flip_matrix(out['flip_direction'], size), size)
-        across,over = FLIPS[out['flip_direction']]
-        for key in ['img', *out.get('mask_fields', []), *out.get('seg_fields', [])]:
-            if across: out[key] = F.horizontal_flip(out[key])
-            if over:   out[key] = F.vertical_flip(out[key])
-        return out
+        return flipped(out, out['flip_direction'])
 
 # %% ../../nbs/02_data/04_transforms.ipynb #634d07e8
 def saturate(
@@ -442,9 +460,9 @@ class Normalize:
 
     def __call__(self, results):
         image = results['img'].as_subclass(Tensor)
-        image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rgb = self.to_rgb == (results.get('channel_order', 'bgr') == 'bgr')
         if not rgb: image = image.flip(0)
+        image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         mean,std = [torch.from_numpy(v).reshape(-1, 1, 1) for v in (self.mean, self.std)]
         norm = dict(mean=self.mean, std=self.std, to_rgb=self.to_rgb)
         return dict(results, img=tv_tensors.Image(image.sub_(mean).div_(std)), img_norm_cfg=norm)
@@ -461,6 +479,30 @@ def padded_size(
     if to is not None: return tuple(max(a, b) for a,b in zip(to, size))
     return tuple(-(-v//divisor)*divisor for v in size)
 
+# %% ../../nbs/02_data/04_transforms.ipynb #b17134af
+def padded(
+    image,      # `(..., h, w)` tensor
+    size:tuple, # height, width; at least those of the image
+    fill=0,     # of the room: a number, or one a channel
+):              # `(..., *size)`, same kind; the image itself where no room is needed
+    "An image with room at the right and at the bottom."
+    h,w = image.shape[-2:]
+    if (h, w) == tuple(size): return image
+    old = image.as_subclass(Tensor)
+    out = old.new_empty(*old.shape[:-2], *size)
+    fill = torch.as_tensor(fill, dtype=out.dtype)[..., None, None]
+    out[..., :h, :w],out[..., h:, :],out[..., :h, w:] = old,fill,fill
+    return tv_tensors.wrap(out, like=image)
+
+def zoo_colour(
+    colour,       # a number, or one a channel, in the order of the zoo's image
+    results:dict, # of a pipeline
+)->object:        # the same in the order of `img`
+    "A colour for our image: until `Normalize` the zoo's is BGR where ours is RGB."
+    swap = results.get('channel_order', 'bgr') == 'bgr' and 'img_norm_cfg' not in results
+    return colour[::-1] if swap and isinstance(colour, (tuple, list)) else colour
+
+# %% ../../nbs/02_data/04_transforms.ipynb #65ebc4d9
 @PIPELINES.register_module()
 class Pad:
     "Room at the right and at the bottom."
@@ -468,7 +510,7 @@ class Pad:
         size=None,               # `(height, width)`
         size_divisor=None,       # or: up to the next multiple
         pad_to_square:bool=False,# or: a square
-        pad_val=None,            # `dict(img=0, masks=0, seg=255)`, or one number for the image
+        pad_val=None,            # `dict(img=0, masks=0, seg=255)`, see `zoo_colour`; or one for the image
     ):
         if (size is not None) + (size_divisor is not None) + bool(pad_to_square) != 1:
             raise ValueError('Pad: write exactly one of size, size_divisor and pad_to_square.')
@@ -481,10 +523,9 @@ class Pad:
         H,W = padded_size((h, w), self.size, self.size_divisor, self.pad_to_square)
         out = {}
         for kind,name in (('img', 'img_fields'), ('masks', 'mask_fields'), ('seg', 'seg_fields')):
-            fill = self.pad_val[kind]
-            fill = list(fill) if isinstance(fill, tuple) else fill
             for key in results.get(name, ['img'] if kind == 'img' else []):
-                out[key] = F.pad(results[key], [0, 0, W-w, H-h], fill=fill)
+                fill = zoo_colour(self.pad_val[kind], results)
+                out[key] = padded(results[key], (H, W), fill)
         for key in results.get('bbox_fields', []):
             out[key] = as_boxes(results[key].as_subclass(Tensor), (H, W))
         return dict(results, **out, pad_shape=hwc(out['img']), pad_fixed_size=self.size,
