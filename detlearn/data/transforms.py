@@ -6,9 +6,8 @@
 __all__ = ['READ_MODES', 'INTERPOLATION', 'FLIPS', 'META_KEYS', 'to_eight_bits', 'decode_by_pil', 'decode', 'read_image', 'hwc',
            'check_size', 'LoadImageFromFile', 'as_boxes', 'load_masks', 'LoadAnnotations', 'move_boxes', 'move',
            'rescaled_size', 'draw_scale', 'check_scales', 'resized', 'Resize', 'flip_matrix', 'flipped', 'flip_chances',
-           'RandomFlip', 'saturate', 'turn_hue', 'distort', 'PhotoMetricDistortion', 'Normalize', 'padded_size',
-           'padded', 'zoo_colour', 'Pad', 'plain', 'ImageToTensor', 'DefaultFormatBundle', 'default_metas', 'Collect',
-           'Compose', 'MultiScaleFlipAug']
+           'RandomFlip', 'Normalize', 'padded_size', 'padded', 'zoo_colour', 'Pad', 'plain', 'ImageToTensor',
+           'DefaultFormatBundle', 'default_metas', 'Collect', 'Compose', 'MultiScaleFlipAug']
 
 # %% ../../nbs/02_data/04_transforms.ipynb #8b43a2eb
 import io, warnings
@@ -377,74 +376,6 @@ class RandomFlip:
         if not out['flip']: return out
         out['flip_direction'] = out.get('flip_direction') or self.direction[0]
         return flipped(out, out['flip_direction'])
-
-# %% ../../nbs/02_data/04_transforms.ipynb #634d07e8
-def saturate(
-    image,        # `(3, H, W)` float RGB
-    factor:float, # 0: grey, 1: as it is, above 1: more colourful
-)->Tensor:        # `(3, H, W)`, not clipped
-    "Scale the saturation of HSV; the brightest channel stays."
-    value = image.amax(0, keepdim=True)
-    return value - (value - image)*factor
-
-def turn_hue(
-    image,         # `(3, H, W)` float RGB
-    degrees:float, # along the colour circle: 120 turns red to green
-)->Tensor:         # `(3, H, W)`, not clipped
-    "Turn the hue of HSV; saturation and the brightest channel's value stay."
-    (r,g,b),high,low = image,image.amax(0),image.amin(0)
-    chroma = high - low
-    safe = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(high == r, (g-b)/safe, torch.where(high == g, (b-r)/safe + 2, (r-g)/safe + 4))
-    k = (image.new_tensor([5., 3, 1])[:, None, None] + hue + degrees/60) % 6
-    return high - chroma*torch.minimum(k, 4-k).clamp(0, 1)
-
-# %% ../../nbs/02_data/04_transforms.ipynb #566baba8
-def distort(
-    image,                    # `(3, H, W)` float RGB, 0 to 255
-    brightness:float=0.,      # added to every pixel
-    contrast:float=1.,        # factor on every pixel
-    saturation:float=1.,      # factor
-    hue:float=0.,             # turn of the colour circle, degrees
-    contrast_first:bool=True, # contrast before saturation and hue, or after
-    channels=(0, 1, 2),       # order of the channels in the result
-)->Tensor:                    # `(3, H, W)` float, not clipped
-    "Another light on the same scene, from numbers."
-    image = image + brightness
-    if contrast_first: image = image*contrast
-    if saturation != 1: image = saturate(image, saturation)
-    if hue: image = turn_hue(image, hue)
-    if not contrast_first: image = image*contrast
-    return image[list(channels)]
-
-@PIPELINES.register_module()
-class PhotoMetricDistortion:
-    "Change brightness, contrast, saturation, hue and the order of the channels, each one time in two."
-    def __init__(self,
-        brightness_delta=32,        # largest change, grey levels
-        contrast_range=(.5, 1.5),   # factors
-        saturation_range=(.5, 1.5), # factors
-        hue_delta=18,               # largest turn, degrees
-        swap_channels:bool=True,    # now and then another order of the channels; the zoo always does that
-    ):
-        self.brightness_delta,self.hue_delta,self.swap_channels = brightness_delta,hue_delta,swap_channels
-        self.contrast_range,self.saturation_range = contrast_range,saturation_range
-
-    def draw(self)->dict: # arguments of `distort`
-        "Draw what happens to one image, in the zoo's order."
-        coin,between = lambda: np.random.randint(2),np.random.uniform
-        out = dict(brightness=between(-self.brightness_delta, self.brightness_delta) if coin() else 0.)
-        out['contrast_first'] = bool(coin())
-        if out['contrast_first'] and coin(): out['contrast'] = between(*self.contrast_range)
-        if coin(): out['saturation'] = between(*self.saturation_range)
-        if coin(): out['hue'] = between(-self.hue_delta, self.hue_delta)
-        if not out['contrast_first'] and coin(): out['contrast'] = between(*self.contrast_range)
-        if coin() and self.swap_channels: out['channels'] = tuple(np.random.permutation(3).tolist())
-        return out
-
-    def __call__(self, results):
-        image = results['img'].as_subclass(Tensor).float()
-        return dict(results, img=tv_tensors.Image(distort(image, **self.draw())))
 
 # %% ../../nbs/02_data/04_transforms.ipynb #79700aaa
 @PIPELINES.register_module()
