@@ -7,6 +7,7 @@ import copy, json, warnings
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from detlearn.core.registry import NotFound, PIPELINES
 from detlearn.core.shapes import ToyShapes
 from detlearn.data.strip import toy_sample
@@ -165,3 +166,25 @@ def test_every_step_of_the_zoo_builds():
             except NotFound as e: missing.add(next((m for m in MISSING if m in str(e)), f'{cfg["type"]} of {where}: {e}'))
     assert len(built) >= 25 and strange <= {'LoadAnnotations'}  # one config of the zoo writes a setting of another version
     assert missing <= MISSING, f'not built: {sorted(missing - MISSING)}'
+
+
+class LargeResults(TorchDispatchMode):
+    "Operations that make a new tensor of at least so many numbers."
+    def __init__(self, least): super().__init__(); self.least, self.seen = least, []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {a.untyped_storage().data_ptr() for a in args if torch.is_tensor(a)}
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.numel() >= self.least and out.untyped_storage().data_ptr() not in given: self.seen.append(out.dtype)
+        return out
+
+
+def test_pixels_are_written_four_times():
+    "Scaled and mirrored as bytes, then made float once, then given room once: what a photo costs is counted, not timed."
+    sample = toy_sample(ToyShapes(1, size=(320, 240), seed=1, min_objects=2)[0], masks=False)
+    steps = [dict(type='Resize', img_scale=(400, 300)), dict(type='RandomFlip', flip_ratio=1.), dict(type='Normalize', **NORM),
+             dict(type='Pad', size_divisor=32), dict(type='DefaultFormatBundle'), dict(type='Collect', keys=['img', 'gt_bboxes', 'gt_labels'])]
+    steps = [PIPELINES.build(c) for c in steps]
+    with LargeResults(3*300*400) as count:
+        for step in steps: sample = step(sample)
+    assert sample['img'].shape == (3, 320, 416)
+    assert count.seen == [torch.uint8, torch.uint8, torch.float32, torch.float32], count.seen

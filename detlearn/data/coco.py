@@ -6,7 +6,7 @@
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'check_layout', 'check_ids', 'check_name',
            'check_images', 'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows',
            'leave_out', 'keep_images', 'say_skipped', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
-           'run_steps', 'check_settings', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco',
+           'run_steps', 'check_client', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco', 'start_of',
            'first_usable']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from ..core.registry import DATASETS, EVALUATORS, PIPELINES, call
 from .class_names import COCO, colours_of
+from .proposals import proposals_of
 
 # %% ../../nbs/02_data/01_coco.ipynb #5e6afe71
 def no_such_file(
@@ -302,7 +303,7 @@ def use_coco(
     classes=None,          # see `wanted_names`
     test_mode:bool=False,  # keep all images; `/annotations` may be missing
     filter_empty:bool=True,# leave out images without objects (not in test mode)
-)->dict:                   # CLASSES, categories, data_infos, rows, ends, segmentations, skipped
+)->dict: # CLASSES, categories, kept (positions of images), data_infos, rows, ends, segmentations, skipped
     "Images, annotations and categories, checked, filtered and packed."
     if test_mode and isinstance(coco, dict) and 'images' in coco: coco.setdefault('annotations', [])
     check_layout(coco, path)
@@ -318,9 +319,9 @@ def use_coco(
     rows,where = rows[chosen],where[chosen]
     rows['image'] = np.searchsorted(keep, rows['image'])  # positions among the kept images
     by_id = {c['id']: c for c in coco['categories']}
-    return dict(CLASSES=names, categories=[by_id[i] for i in ids],
+    return dict(CLASSES=names, categories=[by_id[i] for i in ids], kept=keep, skipped=skipped,
                 data_infos=Packed({**images[i], 'filename': images[i]['file_name']} for i in keep),
-                rows=rows, ends=np.searchsorted(rows['image'], np.arange(len(keep)+1)), skipped=skipped,
+                rows=rows, ends=np.searchsorted(rows['image'], np.arange(len(keep)+1)),
                 segmentations=Packed(coco['annotations'][i].get('segmentation') for i in where))
 
 def read_coco(
@@ -377,13 +378,10 @@ def run_steps(
     return results
 
 # %% ../../nbs/02_data/01_coco.ipynb #984cefc9
-def check_settings(
-    proposal_file,    # must be None
+def check_client(
     file_client_args, # None or `dict(backend='disk')`
 ):                    # raises `ValueError`
-    "Settings of the zoo that have no counterpart here are refused, not ignored."
-    if proposal_file is not None:
-        raise ValueError(f'proposal_file={proposal_file!r}: proposals made beforehand are not read.')
+    "A setting of the zoo that has no counterpart here is refused, not ignored."
     if file_client_args and file_client_args.get('backend', 'disk') != 'disk':
         raise ValueError(f'file_client_args={file_client_args}: only the disk is read. '
                          'Copy the files there and remove the setting.')
@@ -418,15 +416,15 @@ class CocoDataset(Dataset):
         img_prefix='',              # folder of the images
         seg_prefix=None,            # folder of semantic maps
         seg_suffix='.png',          # their ending
-        proposal_file=None,         # must be None
+        proposal_file=None,         # boxes made beforehand, for `LoadProposals`; see `read_proposals`
         test_mode:bool=False,       # keep every image; never replace one by another
         filter_empty_gt:bool=True,  # in training: leave out images without objects
         file_client_args=None,      # None or `dict(backend='disk')`
     ):
-        check_settings(proposal_file, file_client_args)
+        check_client(file_client_args)
         join = lambda p: p if p is None or data_root is None else os.path.join(data_root, p)
         self.ann_file,self.img_prefix,self.seg_prefix = join(ann_file),join(img_prefix),join(seg_prefix)
-        self.data_root,self.seg_suffix,self.proposal_file = data_root,seg_suffix,None
+        self.data_root,self.seg_suffix,self.proposal_file = data_root,seg_suffix,join(proposal_file)
         self.test_mode,self.filter_empty_gt = test_mode,filter_empty_gt
         steps = [pipeline] if callable(pipeline) or isinstance(pipeline, dict) else pipeline
         self.pipeline = [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
@@ -435,6 +433,8 @@ class CocoDataset(Dataset):
         vars(self).update(use_coco(coco, self.ann_file, self.CLASSES, test_mode, filter_empty_gt))
         self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette_for(type(self), self.CLASSES)
         self.cat2label = {c: i for i,c in enumerate(self.cat_ids)}
+        boxes = self.proposal_file and proposals_of(self.proposal_file, len(coco['images']), self.kept)
+        self.proposals = boxes or None
         self.flag = np.array([im['width'] > im['height'] for im in self.data_infos], np.uint8)
         if self.skipped: print(say_skipped(self.skipped, self.ann_file))
 
@@ -514,6 +514,16 @@ def write_coco(
     return path
 
 # %% ../../nbs/02_data/01_coco.ipynb #22231b75
+def start_of(
+    data,    # `CocoDataset`
+    idx:int, # position of the image
+)->dict:     # img_info, ann_info, prefixes, empty lists of fields; proposals where there are any
+    "What the first step of a pipeline gets."
+    proposals = {} if data.proposals is None else dict(proposals=data.proposals[idx])
+    return dict(img_info=data.data_infos[idx], ann_info=data.get_ann_info(idx), **proposals,
+                img_prefix=data.img_prefix, seg_prefix=data.seg_prefix,
+                bbox_fields=[], mask_fields=[], seg_fields=[])
+
 def first_usable(
     data,    # `CocoDataset`
     idx:int, # position of the wanted image
@@ -521,10 +531,7 @@ def first_usable(
     "The image through the pipeline; in training, the next of its orientation where a step gives it up."
     same = np.flatnonzero(data.flag == data.flag[idx])
     for k in np.roll(same, -np.searchsorted(same, idx)):
-        start = dict(img_info=data.data_infos[k], ann_info=data.get_ann_info(k),
-                     img_prefix=data.img_prefix, seg_prefix=data.seg_prefix,
-                     bbox_fields=[], mask_fields=[], seg_fields=[])
-        results = run_steps(data.pipeline, start)
+        results = run_steps(data.pipeline, start_of(data, k))
         if results is not None or data.test_mode: return results
     raise ValueError(f'{data.ann_file}: the pipeline gave up all {len(same)} images. '
                      'Which of its steps returns None?')
