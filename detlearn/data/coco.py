@@ -303,7 +303,7 @@ def use_coco(
     classes=None,          # see `wanted_names`
     test_mode:bool=False,  # keep all images; `/annotations` may be missing
     filter_empty:bool=True,# leave out images without objects (not in test mode)
-)->dict: # CLASSES, categories, kept (positions of images), data_infos, rows, ends, segmentations, skipped
+)->dict: # CLASSES, categories, cat_ids, kept (positions of images), data_infos, rows, ends, ...
     "Images, annotations and categories, checked, filtered and packed."
     if test_mode and isinstance(coco, dict) and 'images' in coco: coco.setdefault('annotations', [])
     check_layout(coco, path)
@@ -320,6 +320,7 @@ def use_coco(
     rows['image'] = np.searchsorted(keep, rows['image'])  # positions among the kept images
     by_id = {c['id']: c for c in coco['categories']}
     return dict(CLASSES=names, categories=[by_id[i] for i in ids], kept=keep, skipped=skipped,
+                cat_ids=ids, cat2label={c: i for i,c in enumerate(ids)},
                 data_infos=Packed({**images[i], 'filename': images[i]['file_name']} for i in keep),
                 rows=rows, ends=np.searchsorted(rows['image'], np.arange(len(keep)+1)),
                 segmentations=Packed(coco['annotations'][i].get('segmentation') for i in where))
@@ -431,10 +432,8 @@ class CocoDataset(Dataset):
         self.CLASSES = wanted_names(names_for(type(self), classes))
         coco = self.to_lists(self.load_annotations(self.ann_file))
         vars(self).update(use_coco(coco, self.ann_file, self.CLASSES, test_mode, filter_empty_gt))
-        self.cat_ids,self.PALETTE = [c['id'] for c in self.categories],palette_for(type(self), self.CLASSES)
-        self.cat2label = {c: i for i,c in enumerate(self.cat_ids)}
-        boxes = self.proposal_file and proposals_of(self.proposal_file, len(coco['images']), self.kept)
-        self.proposals = boxes or None
+        self.PALETTE = palette_for(type(self), self.CLASSES)
+        self.proposals = proposals_of(self.proposal_file, len(coco['images']), self.kept)
         self.flag = np.array([im['width'] > im['height'] for im in self.data_infos], np.uint8)
         if self.skipped: print(say_skipped(self.skipped, self.ann_file))
 

@@ -88,11 +88,12 @@ class Ragged(Sequence):
         return self.rows[self.ends[i]:self.ends[i+1]]
 
 def proposals_of(
-    path,      # see `read_proposals`
+    path,      # see `read_proposals`; None: there are no proposals
     n:int,     # photos of the annotation file
     kept=None, # positions of those that are used; None: all
-)->Ragged:     # of the used photos
+)->Ragged:     # of the used photos, or None
     "The proposals of the photos that a data set has kept."
+    if path is None: return None
     found = read_proposals(path)
     if len(found) != n:
         raise ValueError(f'{path}: proposals for {len(found)} photos, and the annotation file has {n}. '
