@@ -7,7 +7,7 @@ __all__ = ['ARRAY_NAMES', 'ARRAY_MODULES', 'READERS', 'ArrayUnpickler', 'read_pr
            'proposals_of', 'LoadProposals']
 
 # %% ../../nbs/02_data/00_proposals.ipynb #9ad6e63b
-import io, json, pickle
+import json, pickle
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
