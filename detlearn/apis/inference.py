@@ -23,7 +23,7 @@ from ..data.transforms import Compose, hwc, read_image, to_eight_bits
 from ..detectors.build import build_detector
 from ..engine.checkpoints import find_latest, load_checkpoint, read_file
 from ..evaluation.coco_eval import to_original
-from .train import place_model
+from .train import place_model, prepare
 
 # %% ../../nbs/15_apis/02_inference.ipynb #1dfe55a8
 def find_run(
@@ -63,7 +63,7 @@ def init_detector(
     "A detector, ready for photos."
     cfg = config if isinstance(config, Config) else Config(dict(config)) if isinstance(config, dict) else Config.fromfile(config)
     if cfg_options: cfg.merge_from_dict(cfg_options, 'cfg_options')
-    model = build_detector(cfg['model'])
+    model = prepare(build_detector(cfg['model']), cfg)
     model.CLASSES = fill(model, checkpoint) if checkpoint else None
     n = getattr(getattr(model, 'bbox_head', None), 'num_classes', 80)
     if not model.CLASSES: model.CLASSES = tuple(f'class {i}' for i in range(n))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['innermost', 'point_at', 'set_num_classes', 'use_data', 'check_classes', 'default_device', 'own_device', 'place_model',
-           'set_random_seed', 'runner_config', 'scaled_optimizer', 'gradient_settings', 'register_hooks',
+           'set_random_seed', 'runner_config', 'scaled_optimizer', 'gradient_settings', 'register_hooks', 'prepare',
            'train_detector', 'restarted', 'where_to_resume', 'begin_from', 'keep_config', 'about', 'parts_to_train',
            'run_training']
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
+from ..core.registry import HOOKS
 from ..data.folder import find_data
 from ..data.loader import build_dataloader, build_dataset
 from ..detectors.build import build_detector
@@ -167,6 +168,16 @@ def register_hooks(
     runner.register_hook(ProgressHook())
 
 # %% ../../nbs/15_apis/01_train.ipynb #54d0392a
+def prepare(
+    model,   # a detector; changed
+    cfg,     # a config
+)->torch.nn.Module: # the same model
+    "Let hooks that change a model do so, before its weights are loaded and its optimizer is built."
+    for h in cfg.get('custom_hooks') or []:
+        if isinstance(h, dict) and h.get('type') == 'RFSearchHook': HOOKS.build(dict(h)).init_model(model)
+    return model
+
+# %% ../../nbs/15_apis/01_train.ipynb #11b265bf
 def train_detector(
     model,                   # a detector
     dataset,                 # for training, or a list: one for each entry of `workflow`
@@ -184,7 +195,7 @@ def train_detector(
     settings,seed = loader_settings(cfg['data'], 'train'),cfg.get('seed')
     how = runner_config(cfg)
     loaders = [build_dataloader(d, seed=seed, dist=distributed, runner_type=how['type'], **settings) for d in datasets]
-    model = place_model(model, cfg.get('device'))
+    model = place_model(prepare(model, cfg), cfg.get('device'))
     if distributed: model = build_ddp(model, cfg.get('find_unused_parameters', False))
     photos = settings['samples_per_gpu'] * (get_dist_info()[1] if distributed else 1)
     optimizer = build_optimizer(model, scaled_optimizer(cfg, photos))

@@ -31,18 +31,19 @@ class BaseEMAHook(Hook):
         interval:int=1,           # updates every so many iterations
         skip_buffers:bool=False,  # leave running means and variances as they are
         resume_from=None,         # accepted; the average is part of each checkpoint
+        momentum_fun=None,        # `f(iteration)` gives the share instead
     ):
         if not 0 < momentum < 1:
             raise ValueError(f'{type(self).__name__} has momentum={momentum}: it is the share of the new weights, '
                              'above 0 and below 1, e.g. 0.0002.')
         self.momentum,self.interval,self.buffers = momentum,interval,not skip_buffers
-        self.average,self.depth = None,0
+        self.average,self.depth,self.momentum_fun = None,0,momentum_fun
 
     def rate(self,
         it:int, # iterations finished
     )->float:
         "The share of the new weights."
-        return self.momentum
+        return self.momentum_fun(it) if self.momentum_fun else self.momentum
 
     def due(self,
         it:int, # iterations finished
@@ -99,7 +100,7 @@ def warn_if_too_slow(
 )->float:     # share of the initial weights in the final average
     "An average that is slower than the run never leaves its beginning."
     updates = range(0, iters or 0, hook.interval)
-    left = math.exp(sum(math.log1p(-hook.rate(i)) for i in updates))
+    left = math.exp(sum(math.log1p(-min(hook.rate(i), 1-1e-9)) for i in updates))
     if left > .2:
         warnings.warn(f'{type(hook).__name__}: after all {iters} iterations the average still holds {left:.0%} of the '
                       f'initial weights. Try momentum={min(.5, 5/max(1, len(updates))):.2g}.')
