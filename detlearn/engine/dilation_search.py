@@ -9,7 +9,6 @@ __all__ = ['SEARCH', 'expand_rates', 'same_padding', 'Conv2dRFSearchOp', 'set_di
 # %% ../../nbs/14_engine/14b_dilation_search.ipynb #7da36384
 import json
 from pathlib import Path
-import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.registry import HOOKS, nearest
