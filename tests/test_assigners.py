@@ -3,7 +3,7 @@
 An assigner is found by its registry. Its settings are those of its golden cases, or those of `SETTINGS`; what it asks of predictions stands in
 `predictions`. Images are drawn by hypothesis: no object up to five, crowds, padding at any place, priors that take no part.
 """
-import functools, importlib
+import functools, importlib, sys
 import pytest
 import torch
 from hypothesis import given, settings as run, strategies as st
@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
 from detlearn.core.registry import BBOX_ASSIGNERS
 from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
+from detlearn.targets.iou import columns
 from detlearn.targets.priors import AnchorGenerator
 from counting import count
 from test_golden import CASES, read
@@ -95,7 +96,7 @@ def at_slots(codes, slots):
 
 @every_assigner
 @run(max_examples=25, deadline=None, derandomize=True)
-@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), crowds=st.sampled_from([0., .3, 1.]), seed=st.integers(0, 10**6), part=st.booleans())
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), crowds=st.sampled_from([0., .3, 1.]), seed=st.integers(0, 10**6), part=st.sampled_from([None, 'of each image', 'shared']))
 def test_batch_is_the_loop_over_images(cls, kw, counts, crowds, seed, part):
     gt, alone = draw_batch(counts, crowds, seed)
     g = torch.Generator().manual_seed(seed)
@@ -103,7 +104,8 @@ def test_batch_is_the_loop_over_images(cls, kw, counts, crowds, seed, part):
         alone = [(GroundTruth(im.boxes[o], im.labels[o], ignore=im.ignore[o], masks=im.masks[o], sizes=im.sizes), at[o]) for im, at in alone for o in [at.argsort()]]
     preds, assigner, base = predictions(len(counts), g), cls(**kw), some_priors()
     valid = torch.rand(len(counts), len(base.boxes), generator=g) < .9 if part else None
-    res = assigner.assign(Priors(base.boxes, base.level_sizes, base.strides, valid), gt, preds)
+    if part == 'shared': valid = valid[:1].expand(len(counts), -1)
+    res = assigner.assign(Priors(base.boxes, base.level_sizes, base.strides, valid[0] if part == 'shared' else valid), gt, preds)
     for i, (image, at) in enumerate(alone):
         got = one(AssignResult(res.num_gts, res.gt_inds, res.max_overlaps, res.labels), i)
         want = assigner.assign(Priors(base.boxes, base.level_sizes, base.strides, None if valid is None else valid[i]), image, one(preds, i))
@@ -114,6 +116,25 @@ def test_batch_is_the_loop_over_images(cls, kw, counts, crowds, seed, part):
         owners = got.gt_inds[got.gt_inds > 0] - 1
         assert gt.real[i][owners].all(), 'a crowd or padding owns a prior'
         if valid is not None: assert (got.gt_inds[~valid[i]] <= 0).all(), 'a prior that takes no part has an owner'
+
+
+@every_assigner
+@pytest.mark.parametrize('most', [1, 400, 1200])
+def test_a_large_table_in_parts(cls, kw, most, monkeypatch):
+    "Whatever the size of the parts, the answer is that of the whole table. Priors in general position: ties have no order."
+    gt, _ = draw_batch([9, 0, 14], .2, 5)
+    base, g = some_priors(), torch.Generator().manual_seed(3)
+    preds, boxes = predictions(3, g), base.boxes + torch.rand(base.boxes.shape, generator=g)
+    for valid in (None, torch.rand(len(boxes), generator=g) < .8):
+        use = lambda: cls(**kw).assign(Priors(boxes, base.level_sizes, base.strides, valid), gt, preds)
+        want = use()
+        with monkeypatch.context() as m:
+            for name, module in list(sys.modules.items()):
+                if name.startswith('detlearn.targets.') and hasattr(module, 'columns'):
+                    m.setattr(module, 'columns', lambda boxes, G, _=None: columns(boxes, G, most))
+            got = use()
+        assert torch.equal(got.gt_inds, want.gt_inds) and torch.equal(got.labels, want.labels)
+        if want.max_overlaps is not None: torch.testing.assert_close(got.max_overlaps, want.max_overlaps)
 
 
 @every_assigner
@@ -172,11 +193,15 @@ def test_all_are_here():
 
 MEMORY = '''
 import resource, sys, torch
-from detlearn.core.structures import GroundTruth, Priors
+from detlearn.core.structures import GroundTruth, Predictions, Priors
 from detlearn.core.shapes import random_boxes
 from detlearn.targets.max_iou_assigner import MaxIoUAssigner
+from detlearn.targets.atss_assigner import ATSSAssigner
+from detlearn.targets.task_aligned_assigner import TaskAlignedAssigner
 torch.set_num_threads(1)
-use = lambda priors, gt: MaxIoUAssigner(.5, .4, .1).assign(Priors(priors), GroundTruth(gt))
+scores = torch.rand(200_000, 3)
+use = lambda priors, gt: ASSIGNER.assign(Priors(priors), GroundTruth(gt, torch.zeros(len(gt)).long()),
+                                         Predictions(scores[:len(priors)], None, dict(boxes=priors)))
 priors, objects = random_boxes(200_000, 1000, seed=1), random_boxes(500, 1000, seed=2)
 use(priors[:1000], objects)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -186,9 +211,10 @@ print((peak() - before)//1024, (codes > 0).sum().item())
 '''
 
 
-def test_a_hundred_million_pairs_in_little_memory():
+@pytest.mark.parametrize('assigner', ['MaxIoUAssigner(.5, .4, .1)', 'ATSSAssigner(9)', 'TaskAlignedAssigner(13)'])
+def test_a_hundred_million_pairs_in_little_memory(assigner):
     "200,000 priors and 500 objects: the table alone would take 400 MB."
-    import subprocess, sys
-    out = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    import subprocess
+    out = subprocess.run([sys.executable, '-c', MEMORY.replace('ASSIGNER', assigner)], capture_output=True, text=True, check=True, timeout=300).stdout.split()
     assert int(out[0]) < 200, f'{out[0]} MB'
     assert int(out[1]) > 500

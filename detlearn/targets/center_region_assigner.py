@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_area, box_centers
-from .iou import columns, taking_part, best_object, share_of_priors
+from .iou import columns, side_by_side, taking_part, highest, share_of_priors
 from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import depth_inside
 
@@ -89,7 +89,7 @@ class CenterRegionAssigner(BaseAssigner):
         shadow = yes(around, gt.real) > core
         codes,outranked = smaller_first(box_area(gt.boxes), core)
         crowd = depth_inside(points, scale_boxes(gt.boxes, self.ignore_gt_scale))
-        hidden = best_object(taking_part(crowd, gt.valid & gt.ignore))[0] > 0
+        hidden = highest(taking_part(crowd, gt.valid & gt.ignore), -2) > 0
         codes = codes.masked_fill(hidden, IGNORE)
         if gt.labels is not None:
             codes,(shadow,outranked) = settle_same_class(codes, [shadow, outranked], gt.labels, self.foreground_dominate)
@@ -101,8 +101,8 @@ class CenterRegionAssigner(BaseAssigner):
         preds=None,  # not used
     )->AssignResult: # `max_overlaps` None; `extras`: `shadow` and `outranked` `(..., G, P)`
         "The regions, some priors at a time."
-        parts = [self.regions(priors.boxes[..., p, :], gt) for p in columns(priors.boxes, gt.boxes.shape[-2])]
-        codes,shadow,outranked,hidden = [torch.cat(x, -1) for x in zip(*parts)]
+        parts = columns(priors.boxes, gt.boxes.shape[-2])
+        codes,shadow,outranked,hidden = side_by_side(lambda p: self.regions(priors.boxes[..., p, :], gt), parts)
         res = pack(codes, None, gt, ~hidden if priors.valid is None else priors.valid & ~hidden)
         res.extras = dict(shadow=shadow, outranked=outranked)
         return res

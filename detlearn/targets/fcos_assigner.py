@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult
 from ..core.boxes import box_area, box_centers
-from .iou import columns
+from .iou import columns, side_by_side
 from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points, points_inside
 
@@ -96,5 +96,6 @@ class FCOSAssigner(BaseAssigner):
         for level,n in enumerate(priors.level_sizes):
             here = points[..., start:start+n, :]; start += n
             stride = priors.strides and priors.strides[level]
-            codes += [smallest(area, self.wants(here[..., p, :], gt, level, stride)) for p in columns(here, area.shape[-1])]
+            give = lambda p: (smallest(area, self.wants(here[..., p, :], gt, level, stride)),)
+            codes += side_by_side(give, columns(here, area.shape[-1]))
         return pack(torch.cat(codes, -1), None, gt, priors.valid)

@@ -6,7 +6,6 @@
 __all__ = ['match_one', 'cheapest_pairs', 'image_scale', 'HungarianAssigner']
 
 # %% ../../nbs/06_targets/11_hungarian_assigner.ipynb #8f6a2eb6
-import dataclasses
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -25,8 +24,9 @@ def match_one(
     if np.isnan(cost).any():
         raise ValueError('the cost of matching is not a number: the predictions have diverged, or a box is '
                          'not finite. Look at the loss of the steps before, or lower the learning rate.')
-    rows,cols = [np.flatnonzero(~np.isposinf(cost).all(axis)) for axis in (1, 0)]
-    r,c = linear_sum_assignment(cost[np.ix_(rows, cols)])
+    there = cost < np.inf
+    rows,cols = [np.flatnonzero(there.any(axis)) for axis in (1, 0)]
+    r,c = linear_sum_assignment(cost if there.all() else cost[np.ix_(rows, cols)])
     codes = np.zeros(len(cost), np.int64)
     codes[rows[r]] = cols[c] + 1
     return codes
@@ -87,7 +87,7 @@ class HungarianAssigner:
         valid = None if priors is None else priors.valid
         if valid is not None: cost = cost.masked_fill(~valid[..., None], torch.inf)
         codes = cheapest_pairs(cost)
-        return dataclasses.replace(pack(codes, torch.zeros_like(codes), gt, valid), max_overlaps=None)
+        return pack(codes, None, gt, valid)
 
     def explain(self,
         priors,  # as in `assign`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['points_of', 'depth_near', 'own_class', 'class_cost', 'dynamic_k', 'cheapest', 'settle', 'of_owner',
-           'some_predictions', 'shortlist', 'SimOTAAssigner', 'point_cells']
+           'some_predictions', 'toll', 'shortlist', 'SimOTAAssigner', 'point_cells']
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #0d187b57
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, Predictions, Priors
 from ..core.boxes import box_iou, box_centers
-from .iou import columns, taking_part, best_object
+from .iou import columns, taking_part, highest, TopBlocks
 from .max_iou_assigner import pack
 from .atss_assigner import take_priors, depth_inside
 
@@ -38,8 +38,9 @@ def depth_near(
 )->Tensor:    # `(..., G, P)`; 0 on the edge, negative outside
     "How deep each box's centre lies in the square around each point."
     (x,y,rx,ry),(cx,cy) = torch.cat([points, reach], -1).mT.contiguous()[..., None, :, :].unbind(-2),box_centers(boxes)[..., None].unbind(-2)
-    near_x = torch.minimum(x-(cx-rx), (cx+rx)-x)
-    return torch.minimum(near_x, torch.minimum(y-(cy-ry), (cy+ry)-y))
+    low,high = lambda p, c, r: (c-r).sub_(p).neg_(),lambda p, c, r: (c+r).sub_(p)  # p - (c-r), (c+r) - p
+    near_x,near_y = [torch.minimum(low(*a), high(*a)) for a in ((x, cx, rx), (y, cy, ry))]
+    return torch.minimum(near_x, near_y)
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #f036f32c
 def own_class(
@@ -48,7 +49,9 @@ def own_class(
 )->Tensor:  # `(..., G, P)`
     "For each object, its own class's column."
     if labels is None: raise ValueError('these objects have no labels: this assigner looks at the scores of their classes.')
-    return torch.take_along_dim(table.mT, labels.clamp(min=0)[..., None], -2)
+    lead = torch.broadcast_shapes(table.shape[:-2], labels.shape[:-1])
+    number = labels.clamp(min=0)[..., None, :].expand(*lead, table.shape[-2], -1)
+    return table.expand(*lead, -1, -1).gather(-1, number).mT.contiguous()
 
 def class_cost(
     probs,  # `(..., P, C)` 0..1
@@ -56,8 +59,8 @@ def class_cost(
 )->Tensor:  # `(..., G, P)`
     "Cross-entropy of the square root of the probabilities, summed over classes."
     root = probs.sqrt()
-    says,denies = [-x.log().clamp(min=-100) for x in (root, 1-root)]  # each class: to be it, not to be it
-    return denies.sum(-1)[..., None, :] + own_class(says-denies, labels)
+    denies,says = (1-root).log_().clamp_(min=-100),root.log().clamp_(min=-100)  # each class: not to be it, to be it
+    return own_class(denies-says, labels).sub_(denies.sum(-1)[..., None, :])
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #c04ad79d
 def dynamic_k(
@@ -111,21 +114,31 @@ def some_predictions(
     return Predictions(pick(preds.scores), None, {k: rows(preds.extras[k]) for k in ('boxes', 'objectness', 'probabilities') if k in preds.extras})
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #4c312175
+def toll(
+    yes,   # bool, or numbers: above 0 means yes
+    price, # number
+)->Tensor: # of the same shape, float: 0 for yes, the price for no
+    "What those pay that do not pass."
+    if yes.dtype == torch.bool: return torch.where(yes, 0., price)
+    return (yes*-1e38).add_(price).clamp_(0, price)  # a comparison would take longer
+
+# %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #c2bad23c
 def shortlist(
     some,     # `f(pick) -> iou, cost`: of some priors, `(..., G, p)`
     parts,    # slices of the priors
     topk:int, # most of each object
 )->tuple:     # `(..., G, K)` int64 priors, cheapest first; `(..., G)` how many count; `(..., G, K)` cost
     "The cheapest priors of each object, and how many it takes."
-    ious,costs,numbers = [],[],[]
+    if len(parts) == 1:                                                   # a small table
+        iou,cost = some(lambda x: x[..., parts[0], :])
+        cost,number = cost.topk(min(topk, cost.shape[-1]), -1, largest=False)
+        return number,dynamic_k(iou, topk),cost
+    best,cheap = TopBlocks(topk, True),TopBlocks(topk)
     for part in parts:
         iou,cost = some(lambda x: x[..., part, :])
-        n = min(topk, cost.shape[-1])
-        cost,place = cost.topk(n, -1, largest=False)
-        ious.append(iou.topk(n, -1).values); costs.append(cost); numbers.append(place + part.start)
-    iou,cost,number = torch.cat(ious, -1),torch.cat(costs, -1),torch.cat(numbers, -1)
-    place = cost.argsort(dim=-1, stable=True)[..., :topk]                 # ties stay in order
-    return number.gather(-1, place),dynamic_k(iou, topk),cost.gather(-1, place)
+        best.add(iou, part.start); cheap.add(cost, part.start)
+    cost,number = cheap.best(parts[-1].stop)
+    return number,dynamic_k(best.best(parts[-1].stop)[0], topk),cost
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #4a80e84f
 @BBOX_ASSIGNERS.register_module()
@@ -144,12 +157,12 @@ class SimOTAAssigner:
     def candidates(self,
         priors,  # `Priors`, points
         gt,      # `GroundTruth`
-    )->tuple:    # two `(..., G, P)` bool: may be taken; in the box and in the central square
+    )->tuple:    # `(..., P)` depth in or near any object, `(..., G, P)` in both of this one; above 0 is inside
         "Points in or near any object, and those well placed for each."
         point,stride = points_of(priors)
         inside,near = depth_inside(point, gt.boxes),depth_near(point, stride*self.center_radius, gt.boxes)
-        some = best_object(taking_part(torch.maximum(inside, near), gt.real, priors.valid))[0] > 0
-        return some[..., None, :] & gt.real[..., None],torch.minimum(inside, near) > 0
+        some = highest(taking_part(torch.maximum(inside, near), gt.real, priors.valid), -2)
+        return some,torch.minimum(inside, near)
 
     def prices(self,
         priors,  # `Priors`, points
@@ -157,10 +170,12 @@ class SimOTAAssigner:
         preds,   # `Predictions` with decoded boxes
     )->tuple:    # `(..., G, P)` IoU and cost; 0 and infinite where a prior may not be taken
         "What each prior would cost each object."
-        allowed,good = self.candidates(priors, gt)
-        iou = box_iou(gt.boxes, preds.extra('boxes')) * allowed
-        cost = class_cost(preds.probabilities, gt.labels)*self.cls_weight - (iou+1e-7).log()*self.iou_weight
-        return iou,(cost + 1e5*~good).masked_fill(~allowed, torch.inf)
+        some,both = self.candidates(priors, gt)
+        some,real = (some > 0)[..., None, :],gt.real[..., None]
+        iou = box_iou(gt.boxes, preds.extra('boxes')).mul_(some.float())
+        cost = class_cost(preds.probabilities, gt.labels).mul_(self.cls_weight)
+        cost = cost.sub_((iou+1e-7).log_().mul_(self.iou_weight)).add_(toll(both, 1e5))
+        return iou.mul_(real.float()),cost.add_(toll(some, torch.inf)).add_(toll(real, torch.inf))
 
     def assign(self,
         priors,      # `Priors`, points `(P, 4)` with strides, or `(P, 2)`; `P` may be 0

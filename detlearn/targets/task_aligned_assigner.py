@@ -12,7 +12,7 @@ from ..core.registry import BBOX_ASSIGNERS
 from ..core.boxes import box_iou, box_centers
 from ..core.structures import AssignResult, Priors
 from .max_iou_assigner import pack
-from .iou import columns, top_of_parts
+from .iou import columns, taking_part, top_of_parts
 from .atss_assigner import take_priors, highest_bid, depth_inside, points_inside
 from .sim_ota_assigner import own_class, some_predictions
 
@@ -33,7 +33,7 @@ def power(
     "`x` to some power, by products where the exponent is a small whole number."
     if exponent not in range(1, 9): return x**exponent
     out = x
-    for digit in f'{int(exponent):b}'[1:]: out = out*out*x if digit == '1' else out*out
+    for digit in f'{int(exponent):b}'[1:]: out = (out*out).mul_(x) if digit == '1' else out*out
     return out
 
 # %% ../../nbs/06_targets/17_task_aligned_assigner.ipynb #de20c371
@@ -51,12 +51,11 @@ class TaskAlignedAssigner:
         priors,  # `Priors`, boxes
         gt,      # `GroundTruth` with labels
         preds,   # `Predictions` with decoded boxes
-    )->tuple:    # `(..., G, P)` IoU and number; the number is 0 where a prior may not be taken
+    )->Tensor:   # `(..., G, P)`; -1 where the prior takes no part
         "How well each prior does for each object."
         iou = self.iou_calculator(gt.boxes, preds.extra('boxes'))
-        metric = power(own_class(preds.probabilities, gt.labels), self.alpha) * power(iou, self.beta)
-        metric = metric.masked_fill(~gt.real[..., None], 0.)
-        return iou,metric if priors.valid is None else metric.masked_fill(~priors.valid[..., None, :], 0.)
+        metric = power(iou, self.beta) * power(own_class(preds.probabilities, gt.labels), self.alpha)
+        return taking_part(metric, None, priors.valid)
 
     def assign(self,
         priors,      # `Priors`, boxes `(P, 4)` or `(..., P, 4)` xyxy; `P` may be 0
@@ -85,8 +84,9 @@ class TaskAlignedAssigner:
         valid,boxes = priors.valid,preds.extra('boxes')
         def metric(part):                                                                         # (..., G, p)
             own = Priors(priors.boxes[..., part, :], valid=None if valid is None else valid[..., part])
-            return self.metrics(own, gt, some_predictions(preds, lambda x: x[..., part, :]))[1]
+            return self.metrics(own, gt, some_predictions(preds, lambda x: x[..., part, :]))
         value,number = top_of_parts(metric, columns(boxes, gt.boxes.shape[-2]), self.topk, True)
+        value = value.masked_fill(~gt.real[..., None], -1)                                        # padding, crowds
         iou = self.iou_calculator(gt.boxes[..., None, :], take_priors(boxes, number))[..., 0, :]
         return number,value,iou
 
@@ -96,6 +96,6 @@ class TaskAlignedAssigner:
         preds,   # as in `assign`
     )->dict:     # `{test: (..., G, P) bool}`, in the order they are made: which prior passes for which object
         "What a prior must pass to be an object's positive."
-        metric = self.metrics(priors, gt, preds)[1]
+        metric = taking_part(self.metrics(priors, gt, preds), gt.real)
         return {'no predicted box touches it': metric > 0, 'not among the topk': largest(metric, self.topk),
                 'no centre inside': points_inside(box_centers(priors.boxes), gt.boxes, .01)}

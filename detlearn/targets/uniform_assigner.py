@@ -12,28 +12,29 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, xyxy_to_cxcywh, full_precision
-from .iou import columns, taking_part, best_overlaps, top_of_parts
+from .iou import columns, side_by_side, highest, top_of_parts
+from .match_costs import sum_of_differences
 from .max_iou_assigner import pack
 
-# %% ../../nbs/06_targets/12_uniform_assigner.ipynb #4a78b6c0
+# %% ../../nbs/06_targets/12_uniform_assigner.ipynb #6165e39c
 def nearest(
     objects,    # `(..., G, 4)` xyxy
     boxes,      # `(..., P, 4)` xyxy
     number:int, # how many of each; fewer if there are fewer boxes
-    valid=None, # `(..., P)` bool, False: taken last
-)->Tensor:      # `(..., G, k)` int64, nearest first
+    valid=None, # `(..., P)` bool, False: never taken
+)->tuple:       # `(..., G, k)` int64, nearest first, and bool: there is one
     "The boxes nearest to each object by centre and size."
-    lead = torch.broadcast_shapes(objects.shape[:-2], boxes.shape[:-2])
-    a,b = [xyxy_to_cxcywh(full_precision(t)).expand(*lead, -1, -1) for t in (objects, boxes)]
+    a,b = [xyxy_to_cxcywh(full_precision(t)) for t in (objects, boxes)]
     def distance(part):                                               # never the whole table at once
-        far = torch.cdist(a, b[..., part, :], p=1)
+        far = sum_of_differences(a, b[..., part, :])
         return far if valid is None else far.masked_fill(~valid[..., None, part], torch.inf)
-    return top_of_parts(distance, columns(boxes, objects.shape[-2]), number)[1]
+    far,place = top_of_parts(distance, columns(boxes, objects.shape[-2]), number)
+    return place,far < torch.inf
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #68061127
 def in_turn(
-    nearest_preds,   # `(..., G, k)` int64
-    nearest_priors,  # `(..., G, k)` int64
+    nearest_preds,   # `(..., G, k)`, what is known of each object's nearest predictions
+    nearest_priors,  # `(..., G, k)`
 )->tuple:            # `(..., N)` priors, `(N,)` objects, in the order of writing
     "All matches in a row: for each place, first by prediction, then by prior; within, object by object."
     G,k = nearest_preds.shape[-2:]
@@ -56,9 +57,15 @@ def best_fits(
     boxes,    # `(..., P, 4)` xyxy
 )->tuple:     # `(..., P)` IoU of each box with its best object; `(..., G)` of each object with its best box; at least 0
     "The best of each column and of each row, part by part."
-    fill = lambda part: taking_part(overlap(gt.boxes, boxes[..., part, :]), gt.real)
-    found = best_overlaps(fill, columns(boxes, gt.boxes.shape[-2]))
-    return found.best.clamp(min=0),found.top.clamp(min=0)
+    real = gt.boxes.masked_fill(~gt.real[..., None], 0.)            # a box without area fits nothing
+    of_objects = gt.boxes.new_zeros(())
+    def give(part):
+        nonlocal of_objects
+        table = overlap(real, boxes[..., part, :])
+        of_objects = torch.maximum(highest(table, -1), of_objects)
+        return highest(table, -2).clamp_(min=0),
+    of_boxes, = side_by_side(give, columns(boxes, gt.boxes.shape[-2]))
+    return of_boxes,of_objects
 
 # %% ../../nbs/06_targets/12_uniform_assigner.ipynb #90f52545
 def fit_of_pairs(
@@ -92,10 +99,10 @@ class UniformAssigner:
         "All matches in the order in which they are written."
         if preds is None: raise ValueError('UniformAssigner looks at predictions: call assign(priors, gt, preds).')
         find = lambda boxes: nearest(gt.boxes, boxes, self.match_times, priors.valid)
-        place,owner = in_turn(*torch.broadcast_tensors(find(preds.extra('boxes')), find(priors.boxes)))
-        wrote = gt.real[..., owner].expand(place.shape)
-        if priors.valid is not None: wrote = wrote & torch.take_along_dim(priors.valid, place, -1)
-        return place,owner,wrote
+        by_pred,by_prior = find(preds.extra('boxes')),find(priors.boxes)
+        place,there = [torch.broadcast_tensors(*t) for t in zip(by_pred, by_prior)]
+        place,owner = in_turn(*place)
+        return place,owner,in_turn(*there)[0] & gt.real[..., owner]
 
     def assign(self,
         priors,      # `Priors`, boxes `(P, 4)` or `(..., P, 4)` xyxy; `P` may be 0
@@ -109,7 +116,7 @@ class UniformAssigner:
         last = last_writer(place, wrote, priors.boxes.shape[-2])
         found = best_fits(self.iou_calculator, gt, preds.extra('boxes'))[0]
         rest = torch.where(found > self.neg_ignore_thr, IGNORE, 0)
-        codes = torch.where(last > 0, torch.take_along_dim(code, last, -1), rest)
+        codes = torch.where(last > 0, code.expand(*last.shape[:-1], -1).gather(-1, last), rest)
         best,of_objects = best_fits(self.iou_calculator, gt, priors.boxes)
         res = pack(codes, best.expand(codes.shape), gt, priors.valid)
         res.extras = self.pairs(gt, preds, place, owner, wrote & (fit >= self.pos_ignore_thr))
