@@ -295,6 +295,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                   'detlearn/backbones/pretrained.py'),
                                                'detlearn.backbones.pretrained.load_state': ( '04_backbones/pretrained.html#load_state',
                                                                                              'detlearn/backbones/pretrained.py'),
+                                               'detlearn.backbones.pretrained.names_a_file': ( '04_backbones/pretrained.html#names_a_file',
+                                                                                               'detlearn/backbones/pretrained.py'),
                                                'detlearn.backbones.pretrained.own_rules': ( '04_backbones/pretrained.html#own_rules',
                                                                                             'detlearn/backbones/pretrained.py'),
                                                'detlearn.backbones.pretrained.read_file': ( '04_backbones/pretrained.html#read_file',

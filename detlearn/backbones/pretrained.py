@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'LoadReport', 'strip_prefix', 'load_state', 'read_file', 'fetch', 'in_package', 'read_weights',
-           'weights_from', 'own_rules', 'load_pretrained']
+           'weights_from', 'names_a_file', 'own_rules', 'load_pretrained']
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #a094b53d
 import hashlib, importlib.util, os, pickle, re
@@ -142,11 +142,17 @@ def weights_from(
     if not isinstance(pretrained, str): raise TypeError(f'pretrained={pretrained!r}: give a path, torchvision://NAME, package://NAME or a url')
     return dict(type='Pretrained', checkpoint=pretrained)
 
+def names_a_file(
+    rule, # of an `init_cfg`
+)->bool:  # the zoo's PVT and Swin write a checkpoint without a type
+    "Weights come from a file, not from a rule of numbers."
+    return rule.get('type', 'Pretrained' if 'checkpoint' in rule else None) == 'Pretrained'
+
 def own_rules(
     init_cfg,   # rule, list of rules, or None
 )->list:        # rules that fill weights when a part is made, see `initialize`; the others name a file
     "What does not come from a file."
-    return [c for c in as_list(init_cfg) if c.get('type') != 'Pretrained']
+    return [c for c in as_list(init_cfg) if not names_a_file(c)]
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #9ec2e1da
 def load_pretrained(
@@ -156,7 +162,7 @@ def load_pretrained(
     reports = {}
     for name,part in model.named_modules():
         for cfg in as_list(getattr(part, 'init_cfg', None)):
-            if cfg.get('type') != 'Pretrained': continue
+            if not names_a_file(cfg): continue
             state = strip_prefix(read_weights(cfg['checkpoint'], cfg.get('sha256')), cfg['prefix'].rstrip('.')+'.' if cfg.get('prefix') else '')
             state = part.map_weights(state) if hasattr(part, 'map_weights') else state
             reports[name] = load_state(part, state)
