@@ -267,6 +267,7 @@ class MapMetric:
             if m not in self.known: raise ValueError(f'metric {m!r} is not known here{nearest(m, self.known)}')
         self.metric,self.logger,self.proposal_nums,self.scale_ranges = asked,logger,tuple(proposal_nums),scale_ranges
         self.iou_thrs,self.coco = np.atleast_1d(iou_thr).tolist(),dict(coco, logger=logger, proposal_nums=proposal_nums)
+        call(CocoMetric, self.coco, 'evaluation')            # what neither rule knows is refused at once
 
     def __call__(self, data, results):
         theirs = [m for m in self.metric if m in CocoMetric.known]
@@ -297,6 +298,13 @@ class MapMetric:
         "What is special about these data."
         return self.rules
 
+    def pairs(self,
+        data,    # a data set
+        results, # any form
+    )->tuple:    # arrays, truth: a list each, with an entry for each image
+        "What is compared with what."
+        return arrays_of(data, results),[data.get_ann_info(i) for i in range(len(data))]
+
 @EVALUATORS.register_module()
 class VOCMetric(MapMetric):
     "The challenge's own way: the last pixel counts; 2007 has 11 recalls."
@@ -314,7 +322,7 @@ def map_numbers(
     results,  # any form
 )->dict:      # `mAP`: the mean, then `AP50`, ... for each overlap, `AP50_0-32` for each range
     "Mean AP at each overlap."
-    arrays,truth = arrays_of(data, results),[data.get_ann_info(i) for i in range(len(data))]
+    arrays,truth = rule.pairs(data, results)
     out,means = {},[]
     for t in rule.iou_thrs:
         mean,per_class = eval_map(arrays, truth, scale_ranges=rule.scale_ranges, iou_thr=t, **rule.rules_for(data))
