@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['READ_MODES', 'INTERPOLATION', 'FLIPS', 'FORMATTED', 'META_KEYS', 'to_eight_bits', 'decode_by_pil', 'decode',
-           'read_image', 'hwc', 'check_size', 'LoadImageFromFile', 'as_boxes', 'load_masks', 'added', 'LoadAnnotations',
-           'move_boxes', 'move', 'rescaled_size', 'draw_scale', 'check_scales', 'resized', 'Resize', 'flip_matrix',
-           'flipped', 'flip_chances', 'RandomFlip', 'Normalize', 'padded_size', 'padded', 'zoo_colour', 'Pad', 'plain',
-           'ImageToTensor', 'DefaultFormatBundle', 'default_metas', 'Collect', 'Compose']
+           'read_image', 'hwc', 'check_size', 'noted', 'LoadImageFromFile', 'as_boxes', 'load_masks', 'added',
+           'LoadAnnotations', 'move_boxes', 'move', 'rescaled_size', 'draw_scale', 'check_scales', 'resized', 'Resize',
+           'flip_matrix', 'flipped', 'flip_chances', 'RandomFlip', 'Normalize', 'padded_size', 'padded', 'zoo_colour',
+           'Pad', 'plain', 'ImageToTensor', 'DefaultFormatBundle', 'default_metas', 'Collect', 'Compose']
 
 # %% ../../nbs/02_data/04_transforms.ipynb #8b43a2eb
 import io, warnings
@@ -34,14 +34,15 @@ def decode_by_pil(
     data:bytes, # of a file that torchvision does not read: BMP, TIFF, ...
     mode,       # 'RGB', 'L' (grey), or None: as in the file
     exif:bool,  # turn the image upright
-)->Tensor:      # `(C, H, W)` uint8
+)->Tensor:      # `(C, H, W)` uint8, or int32 where the file has more bits and `mode` is None
     "Decode with Pillow."
     from PIL import Image, ImageOps
     image = Image.open(io.BytesIO(data))
     if exif: image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith('I;16') and mode:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     pixels = np.array(image.convert(mode) if mode else image).reshape(image.height, image.width, -1)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)).permute(2, 0, 1)
 
 # %% ../../nbs/02_data/04_transforms.ipynb #ba91f51b
 READ_MODES = dict(color=('RGB', 'RGB'), grayscale=('GRAY', 'L'), unchanged=('UNCHANGED', None))
@@ -50,7 +51,7 @@ def decode(
     data:bytes,         # an image file
     color_type:str,     # key of `READ_MODES`
     exif:bool=True,     # turn the image upright
-)->Tensor:              # `(C, H, W)` uint8, RGB
+)->Tensor:              # `(C, H, W)` uint8, RGB; int32 for 16 bits unchanged
     "Decode with torchvision, or with Pillow what it can't."
     mode,pil_mode = READ_MODES[color_type]
     if decode_image is None: return decode_by_pil(data, pil_mode, exif)
@@ -59,7 +60,9 @@ def decode(
     except RuntimeError as e:
         if 'Unsupported image' not in str(e): raise
         return decode_by_pil(data, pil_mode, exif)
-    return to_eight_bits(image[0] if image.ndim == 4 else image)  # of an animation the first picture
+    image = image[0] if image.ndim == 4 else image  # of an animation the first picture
+    deep = image.dtype != torch.uint8 and color_type == 'unchanged'
+    return image.to(torch.int32) if deep else to_eight_bits(image)
 
 # %% ../../nbs/02_data/04_transforms.ipynb #12b7639e
 def read_image(
@@ -103,6 +106,18 @@ def check_size(
                   f'the photo has {w} x {h}; boxes may be misplaced.{turned if said == (h, w) else ""}')
 
 # %% ../../nbs/02_data/04_transforms.ipynb #2e4339c2
+def noted(
+    results:dict,  # of a pipeline
+    image,         # `(C, H, W)`
+    filename,      # path, list of paths, or None
+    ori_filename,  # as the annotation file has it
+    order:str='rgb', # what the zoo would have: see `Normalize`
+)->dict:           # with the image and the notes about it
+    "An image that was just loaded, and what later steps want to know about it."
+    return dict(results, img=tv_tensors.Image(image), filename=filename, ori_filename=ori_filename,
+                ori_shape=hwc(image), img_shape=hwc(image), img_fields=['img'], channel_order=order,
+                matrix=torch.eye(3))
+
 @PIPELINES.register_module()
 class LoadImageFromFile:
     "Read the image: RGB, upright, 8 bits."
@@ -123,9 +138,7 @@ class LoadImageFromFile:
         image = read_image(path, self.color_type)
         check_size(image, info, path)
         if self.to_float32: image = image.float()
-        return dict(results, img=tv_tensors.Image(image), filename=path, ori_filename=info['filename'],
-                    ori_shape=hwc(image), img_shape=hwc(image), img_fields=['img'],
-                    channel_order=self.channel_order, matrix=torch.eye(3))
+        return noted(results, image, path, info['filename'], self.channel_order)
 
 # %% ../../nbs/02_data/04_transforms.ipynb #261a92b0
 def as_boxes(
@@ -162,7 +175,7 @@ class LoadAnnotations:
         with_bbox:bool=True,    # `gt_bboxes` `(G, 4)` xyxy float32, and `gt_bboxes_ignore`
         with_label:bool=True,   # `gt_labels` `(G,)` int64
         with_mask:bool=False,   # `gt_masks` `(G, H, W)` uint8
-        with_seg:bool=False,    # `gt_semantic_seg` `(H, W)` uint8, from a file in `seg_prefix`
+        with_seg:bool=False,    # `gt_semantic_seg` `(H, W)`, from a file in `seg_prefix`
         poly2mask:bool=True,    # False: polygons become pixels all the same, with a warning
         denorm_bbox:bool=False, # boxes in the file are shares of width and height
         file_client_args=None,  # None or `dict(backend='disk')`
