@@ -7,6 +7,7 @@ __all__ = ['ApproxMaxIoUAssigner']
 
 # %% ../../nbs/06_targets/05_approx_max_iou_assigner.ipynb #d881fde2
 import torch
+from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult
 from .max_iou_assigner import MaxIoUAssigner
@@ -15,6 +16,17 @@ from .max_iou_assigner import MaxIoUAssigner
 @BBOX_ASSIGNERS.register_module()
 class ApproxMaxIoUAssigner(MaxIoUAssigner):
     "`MaxIoUAssigner` for priors that are represented by several boxes (Wang et al., 2019)."
+    def best_stand_in(self,
+        gt,      # `GroundTruth`, boxes `(..., G, 4)`
+        approxs, # `(..., p, A, 4)`
+    )->Tensor:   # `(..., G, p)`
+        "IoU with the best stand-in of each prior."
+        best = None
+        for boxes in approxs.unbind(-2):                        # A is a number of the config
+            iou = self.iou_calculator(gt.boxes, boxes)
+            best = iou if best is None else torch.maximum(best, iou)
+        return best
+
     def assign(self,
         priors,       # `Priors`: the squares, `(P, 4)` or `(..., P, 4)` xyxy
         gt,           # `GroundTruth`, boxes `(..., G, 4)`
@@ -26,10 +38,4 @@ class ApproxMaxIoUAssigner(MaxIoUAssigner):
         if approxs.shape[-3] != priors.boxes.shape[-2]:
             raise ValueError(f'{approxs.shape[-3]} priors have approxs, but there are {priors.boxes.shape[-2]} priors: '
                              'give (P, A, 4), A of each prior')
-        def overlaps(part):                                     # (..., G, p)
-            best = None
-            for boxes in approxs[..., part, :, :].unbind(-2):   # A is a number of the config
-                iou = self.iou_calculator(gt.boxes, boxes)
-                best = iou if best is None else torch.maximum(best, iou)
-            return best
-        return self.assign_wrt(overlaps, priors, gt)
+        return self.assign_wrt(lambda part: self.best_stand_in(gt, approxs[..., part, :, :]), priors, gt)

@@ -85,6 +85,20 @@ class RegionAssigner(BaseAssigner):
         found = highest_region(at, regions, number)
         return torch.where(found % 2 == 1, found//2, -found.clamp(max=1))         # an even number: IGNORE; 0: BACKGROUND
 
+    def levels(self,
+        priors,           # `Priors` with `level_sizes` and `strides`
+        gt,               # `GroundTruth`
+        anchor_scale=None,# see `assign`
+    )->Tensor:            # `(..., G)` int64
+        "The level of each object."
+        if priors.strides is None:
+            raise ValueError('RegionAssigner counts in cells: give Priors its strides, one a level')
+        if anchor_scale is None and priors.boxes.shape[-1] != 4:
+            raise ValueError('points have no size: give anchor_scale, the side of the finest squares in strides')
+        first = priors.boxes[..., :1, :]
+        least = anchor_scale*priors.strides[0][0] if anchor_scale else box_area(first).sqrt() if first.shape[-2] else 1.
+        return level_by_size(gt.boxes, least, len(priors.level_sizes))
+
     def assign(self,
         priors,           # `Priors` with `level_sizes` and `strides`: one square a cell
         gt,               # `GroundTruth`, boxes `(..., G, 4)`
@@ -92,15 +106,9 @@ class RegionAssigner(BaseAssigner):
         anchor_scale=None,# side of the finest squares, in strides; None: as the first prior
     )->AssignResult:      # `max_overlaps` is None
         "Level by level."
-        if priors.strides is None:
-            raise ValueError('RegionAssigner counts in cells: give Priors its strides, one a level')
-        if anchor_scale is None and priors.boxes.shape[-1] != 4:
-            raise ValueError('points have no size: give anchor_scale, the side of the finest squares in strides')
-        points,first = prior_points(priors),priors.boxes[..., :1, :]
-        least = anchor_scale*priors.strides[0][0] if anchor_scale else box_area(first).sqrt() if first.shape[-2] else 1.
-        level,codes,start = level_by_size(gt.boxes, least, len(priors.level_sizes)),[],0
-        for l,(n,stride) in enumerate(zip(priors.level_sizes, priors.strides)):
-            here,claims = points[..., start:start+n, :],self.regions(gt, level-l, stride); start += n
+        level,codes = self.levels(priors, gt, anchor_scale),[]
+        for l,(here,stride) in enumerate(zip(prior_points(priors).split(priors.level_sizes, -2), priors.strides)):
+            claims = self.regions(gt, level-l, stride)
             give = lambda part: (self.level_codes(here[..., part, :], *claims, stride),)
             codes += side_by_side(give, columns(here, gt.boxes.shape[-2]))
         return pack(torch.cat(codes, -1), None, gt, priors.valid)
