@@ -1149,6 +1149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                     'detlearn.data.coco.check_name': ('02_data/coco.html#check_name', 'detlearn/data/coco.py'),
                                     'detlearn.data.coco.choose_classes': ('02_data/coco.html#choose_classes', 'detlearn/data/coco.py'),
                                     'detlearn.data.coco.decode_masks': ('02_data/coco.html#decode_masks', 'detlearn/data/coco.py'),
+                                    'detlearn.data.coco.extra_of': ('02_data/coco.html#extra_of', 'detlearn/data/coco.py'),
                                     'detlearn.data.coco.first_usable': ('02_data/coco.html#first_usable', 'detlearn/data/coco.py'),
                                     'detlearn.data.coco.keep_images': ('02_data/coco.html#keep_images', 'detlearn/data/coco.py'),
                                     'detlearn.data.coco.leave_out': ('02_data/coco.html#leave_out', 'detlearn/data/coco.py'),

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 from detlearn.core.shapes import ToyShapes, to_coco
-from detlearn.data.coco import AnnotationError, CocoDataset, decode_masks, use_coco
+from detlearn.data.coco import AnnotationError, CocoDataset, decode_masks, use_coco, write_coco
 from detlearn.data.lint import lint, repair, write_gallery
 from detlearn.data.lint_rules import RULES
 from detlearn.data.transforms import LoadImageFromFile
@@ -210,6 +210,18 @@ def test_round_trips(toys, tmp_path):
             assert [r[0] for r in back[k]] == [r[0] for r in whole[k]]; np.testing.assert_allclose([r[1:] for r in back[k]], [r[1:] for r in whole[k]], atol=1e-4)
         texts = {p: p.read_bytes() for p in (tmp_path/folder).rglob('*') if p.is_file() and p.suffix in ('.xml', '.txt', '.yaml')}
         write(again, tmp_path/folder); assert texts == {p: p.read_bytes() for p in texts}
+
+@here
+@pytest.mark.parametrize('name', SETS)
+def test_coco_there_and_back(name, tmp_path):
+    "Read and written again, a real file is the same: images, categories, and annotations with every key, only gathered by image."
+    raw = json.loads((PHOTOS/name).read_text()); data = CocoDataset(PHOTOS/name, [], test_mode=True)
+    path = write_coco(data, tmp_path/'a.json'); back = json.loads(path.read_text())
+    at = {im['id']: i for i,im in enumerate(raw['images'])}
+    assert back['images'] == raw['images'] and sorted(map(str, back['categories'])) == sorted(map(str, raw['categories']))
+    full = lambda a: {**a, 'iscrowd': a.get('iscrowd', 0), 'segmentation': a.get('segmentation') or None}
+    assert list(map(full, back['annotations'])) == [full(a) for a in sorted(raw['annotations'], key=lambda a: at[a['image_id']])]
+    assert write_coco(CocoDataset(path, [], test_mode=True), tmp_path/'b.json').read_bytes() == path.read_bytes()
 
 @here
 @pytest.mark.parametrize('name', ['fruits_nuts/train.json', 'fruits_nuts/val.json'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'check_layout', 'check_ids', 'check_name',
            'check_images', 'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows',
-           'leave_out', 'keep_images', 'say_skipped', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
+           'leave_out', 'keep_images', 'say_skipped', 'extra_of', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
            'run_steps', 'check_client', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco', 'start_of',
            'first_usable']
 
@@ -297,6 +297,13 @@ def say_skipped(
     return f'{path}: left out {", ".join(parts)}.' if parts else ''
 
 # %% ../../nbs/02_data/01_coco.ipynb #e421bb26
+def extra_of(
+    ann:dict, # one of `/annotations`
+)->dict:      # what no column of `ROW` holds, masks apart
+    "Further entries of an annotation, kept for whoever writes the file again."
+    known = ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'ignore', 'segmentation')
+    return {k: v for k,v in ann.items() if k not in known}
+
 def use_coco(
     coco,                  # what the file holds
     path,                  # of the file, for sentences
@@ -323,7 +330,8 @@ def use_coco(
                 cat_ids=ids, cat2label={c: i for i,c in enumerate(ids)},
                 data_infos=Packed({**images[i], 'filename': images[i]['file_name']} for i in keep),
                 rows=rows, ends=np.searchsorted(rows['image'], np.arange(len(keep)+1)),
-                segmentations=Packed(coco['annotations'][i].get('segmentation') for i in where))
+                segmentations=Packed(coco['annotations'][i].get('segmentation') for i in where),
+                extras=Packed(extra_of(coco['annotations'][i]) for i in where))
 
 def read_coco(
     path,                  # of the annotation file
@@ -493,14 +501,14 @@ def as_coco(
     data,  # `CocoDataset`
 )->dict:   # images, annotations (also those that are not trained on), categories
     "Unpack a data set into COCO's own form."
-    images,annotations = list(data.data_infos),[]
-    for row,seg in zip(data.rows, data.segmentations):
+    images,annotations = [{k: v for k,v in im.items() if k != 'filename'} for im in data.data_infos],[]
+    for row,seg,extra in zip(data.rows, data.segmentations, data.extras):
         ann = dict(id=int(row['id']), image_id=images[row['image']]['id'], bbox=row['box'].tolist(),
                    category_id=data.cat_ids[row['label']], area=float(row['area']),
                    iscrowd=int(row['crowd']))
         if row['ignore']: ann['ignore'] = 1
         if seg: ann['segmentation'] = seg
-        annotations.append(ann)
+        annotations.append({**ann, **extra})
     return dict(images=images, annotations=annotations, categories=data.categories)
 
 def write_coco(
