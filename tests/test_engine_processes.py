@@ -183,6 +183,47 @@ def test_processes_are_one(tmp_path, n, one):
     close(outcome(tmp_path), one)
 
 
+PIECES = '''
+import sys, torch
+from pathlib import Path
+from detlearn.core.structures import Batch, GroundTruth
+from detlearn.engine.accumulation import GradientCumulativeOptimizerHook
+from detlearn.engine.distributed import init_dist, build_ddp
+from detlearn.engine.hooks import CheckpointHook
+from detlearn.engine.loop import ToyNet, ToyPhotos
+from detlearn.engine.runner import EpochBasedRunner, gather_objects
+from detlearn.losses.reduce import reduce_mean
+folder,norm,whole,world,resume = Path(sys.argv[1]),sys.argv[2] == 'normaliser',sys.argv[3] == 'whole',int(sys.argv[4]),sys.argv[5]
+torch.set_num_threads(1)
+rank,world = init_dist() if world > 1 else (0, 1)
+class Net(ToyNet):
+    def forward(self, images, gt):
+        out = super().forward(images, gt); n = float(len(images))
+        return {k: v*n/reduce_mean(torch.tensor(n)) for k,v in out.items()} if norm else out
+photos = ToyPhotos(20, noise=0); mine = [photos[i] for i in range(20)][rank::world]; size = 4//world
+batches = [Batch(torch.stack([a for a,_,_ in c]), GroundTruth(torch.stack([b for _,b,_ in c]))) for c in (mine[i:i+size] for i in range(0, len(mine), size))]
+net = build_ddp(Net(seed=3 if resume != '-' else 0, dropout=0))
+run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .1, momentum=.9), folder, {}, 2, logger=lambda t: None)
+for h in (GradientCumulativeOptimizerHook(3, whole_batch=whole), CheckpointHook(1, by_epoch=False)): run.register_hook(h)
+if resume != '-': run.resume(resume)
+run.run(batches)
+flat = gather_objects(torch.cat([p.detach().flatten() for p in net.parameters()]))
+assert all(torch.equal(f, flat[0]) for f in flat), 'the processes have different weights'
+if rank == 0: torch.save(flat[0], folder/'end.pt')
+if world > 1: torch.distributed.destroy_process_group()
+'''
+
+
+@pytest.mark.parametrize('whole', ['whole', 'zoo'])
+@pytest.mark.parametrize('kind', ['normaliser', 'plain'])
+def test_processes_accumulate_as_one(tmp_path, kind, whole):
+    "Ten iterations, three a step, so the last batch is of one piece; and the same taken up in the middle of a batch, where each process has gradients of its own."
+    run = lambda world, name, resume='-': (launch(world, PIECES, tmp_path/name, kind, whole, world, resume), torch.load(tmp_path/name/'end.pt'))[1]
+    one, two = run(1, 'one'), run(2, 'two')
+    assert (one-two).abs().max() < 1e-6
+    for at in (4, 5, 6): assert torch.equal(run(2, f'back{at}', tmp_path/'two'/f'iter_{at}.pth'), two)
+
+
 def test_torchrun_restarts_a_killed_process(tmp_path, one):
     script = tmp_path/'train.py'; script.write_text(TRAIN); folder = tmp_path/'run'; folder.mkdir()
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--max-restarts', '2', '--monitor-interval', '0.1',

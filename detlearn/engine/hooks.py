@@ -48,6 +48,7 @@ def falls_back(
 class Hook:
     "What happens at the points; subclasses define those that they need."
     priority = 'NORMAL'  # where `register_hook` puts it, unless told otherwise
+    per_process = False  # has each of several processes a state of its own?
 
     def state_dict(self)->dict: # plain values and tensors
         "What must be in a checkpoint."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['sampler_of', 'place_of_loader', 'batches_from', 'get_dist_info', 'gather_objects', 'anybody', 'say_once', 'StopAsked',
            'BaseRunner', 'as_hook', 'log_hooks', 'training_hooks', 'policy_config', 'progress', 'save_runner',
-           'whereabouts', 'resume_runner', 'load_hooks', 'train_iter', 'open_epoch', 'to_model', 'next_batch',
-           'EpochBasedRunner', 'as_loaders', 'check_workflow', 'validate', 'running', 'interrupted', 'Runner',
-           'IterBasedRunner', 'build_runner']
+           'whereabouts', 'states_of', 'resume_runner', 'load_hooks', 'train_iter', 'open_epoch', 'to_model',
+           'next_batch', 'EpochBasedRunner', 'as_loaders', 'check_workflow', 'validate', 'running', 'interrupted',
+           'Runner', 'IterBasedRunner', 'build_runner']
 
 # %% ../../nbs/14_engine/05_runner.ipynb #64b55916
 import os, signal, time, warnings
@@ -268,7 +268,7 @@ def save_runner(
     path,meta = folder/template.format(at['epoch']),{**runner.meta, **at, 'world': world, **(meta or {})}
     runner.call_hook('before_save')
     try:
-        hooks = {f'{i} {type(h).__name__}': s for i,h in enumerate(runner.hooks) if (s := h.state_dict())}
+        hooks = states_of(runner, per_process=False)
         own,*others = gather_objects(whereabouts(runner))
         if rank == 0:
             save_checkpoint(path, runner.model, runner.optimizer if save_optimizer else None, meta,
@@ -281,11 +281,18 @@ def save_runner(
 # %% ../../nbs/14_engine/05_runner.ipynb #50d237cb
 def whereabouts(
     runner, # at any point
-)->dict:    # `rng`, `place`, `sampler`: what differs from process to process
-    "Random numbers and the place in the epoch."
+)->dict:    # `rng`, `place`, `sampler`, `own_hooks`: what differs from process to process
+    "Random numbers, the place in the epoch, and hooks with a state of their own."
     sampler = sampler_of(runner.data_loader)
     state = None if sampler is None else sampler.state_dict()
-    return dict(rng=capture_rng(), place=runner.place, sampler=state)
+    return dict(rng=capture_rng(), place=runner.place, sampler=state, own_hooks=states_of(runner, per_process=True))
+
+def states_of(
+    runner,           # with hooks
+    per_process:bool, # of hooks whose state differs from process to process, or of the others
+)->dict:              # `'NUMBER CLASS'`: state
+    "What hooks want to have in a checkpoint."
+    return {f'{i} {type(h).__name__}': s for i,h in enumerate(runner.hooks) if h.per_process == per_process and (s := h.state_dict())}
 
 # %% ../../nbs/14_engine/05_runner.ipynb #6de0f6b4
 def resume_runner(
@@ -298,7 +305,7 @@ def resume_runner(
     if meta.get('world', 1) != world:
         runner.say(f"{path} was saved by {meta.get('world', 1)} processes, now there are {world}: weights and optimizer "
                    'go on, but images come in another order.')
-        state.pop('rng', None)
+        state.pop('rng', None); state.pop('own_hooks', None)
     elif rank: state |= state['others'][rank-1]
     runner.epoch,runner.iter,runner.inner_iter = meta['epoch'],meta['iter'],meta.get('inner_iter', 0)
     runner.trained,runner.done,runner.resumed = runner.iter,runner.inner_iter,state
@@ -310,7 +317,8 @@ def load_hooks(
     runner, # after `before_run`
 ):
     "Give each hook what the checkpoint holds for its class, in order."
-    states = list((runner.resumed or {}).get('hooks', {}).items())
+    resumed = runner.resumed or {}
+    states = list({**resumed.get('hooks', {}), **resumed.get('own_hooks', {})}.items())
     for h in runner.hooks:
         found = next((k for k,_ in states if k.split()[-1] == type(h).__name__), None)
         if found is None: continue
