@@ -446,6 +446,87 @@ def test_spoiled_yolo(name, tmp_path):
     try: YOLODataset(tmp_path/'data.yaml', [], test_mode=True)
     except AnnotationError as e: assert 'a.txt:3' in str(e)
 
+# ---- numbers read another way, data sets as they are, lists of VOC
+def as_voc(root, toys, change=lambda x1, y1, x2, y2: (x1, y1, x2, y2), origin=1):
+    where,file = toys; write_voc(CocoDataset(file, []), root, origin=origin); (root/'JPEGImages').symlink_to(where/'images')
+    for p in (root/'Annotations').glob('*.xml'):
+        new = lambda m: ''.join(f'<{t}>{v}</{t}>' for t,v in zip(('xmin', 'ymin', 'xmax', 'ymax'), change(*map(float, m.groups()))))
+        p.write_text(re.sub('<xmin>(.*?)</xmin><ymin>(.*?)</ymin><xmax>(.*?)</xmax><ymax>(.*?)</ymax>', new, p.read_text()))
+    return root
+
+def as_yolo(root, toys, change):
+    where,file = toys; coco = json.loads(file.read_text()); [a.pop('segmentation') for a in coco['annotations']]
+    write_yolo(coco, root); (root/'images').mkdir(); (root/'images/train').symlink_to(where/'images')
+    for p in (root/'labels/train').glob('*.txt'):
+        rows = [l.split() for l in p.read_text().splitlines()]; p.write_text(''.join(' '.join([c, *map(str, change(*map(float, v)))]) + '\n' for c,*v in rows))
+    return root
+
+READ_ANOTHER_WAY = {'voc-sides': lambda r, t: as_voc(r, t, lambda x1, y1, x2, y2: (x1, y1, x2-x1, y2-y1)),
+    'voc-shares': lambda r, t: as_voc(r, t, lambda x1, y1, x2, y2: (x1/160, y1/120, x2/160, y2/120), 0),
+    'yolo-corners': lambda r, t: as_yolo(r, t, lambda cx, cy, w, h: (cx-w/2, cy-h/2, cx+w/2, cy+h/2)), 'yolo-top-left': lambda r, t: as_yolo(r, t, lambda cx, cy, w, h: (cx-w/2, cy-h/2, w, h))}
+
+@pytest.mark.parametrize('name', READ_ANOTHER_WAY)
+def test_numbers_of_another_format(name, toys, tmp_path):
+    "Found with its evidence and its line, and repaired to the boxes that were meant."
+    report = lint(READ_ANOTHER_WAY[name](tmp_path/'set', toys)); hits = [f for f in report.findings if f.rule == 'box-format']
+    assert hits and hits[0].place.line >= 1 and hits[0].place.file.endswith(('.xml', '.txt')) and report.findings[0].rule == 'box-format', str(report)
+    after = repair(report.sources[0], tmp_path/'good.json'); assert after.ok, str(after)
+    good,meant = json.loads((tmp_path/'good.json').read_text()),json.loads(toys[1].read_text())
+    np.testing.assert_allclose([a['bbox'] for a in good['annotations']], [a['bbox'] for a in meant['annotations']], atol=.02)
+
+def test_lint_of_data_sets(toys, tmp_path):
+    "Every reader, with its own settings; wrappers; what is no data set gets a sentence."
+    from detlearn.data.custom_dataset import CustomDataset
+    from detlearn.data.loader import ConcatDataset, RepeatDataset
+    root,file = toys; coco = CocoDataset(file, [], img_prefix=str(root/'images')); as_voc(tmp_path/'v', toys, origin=0)
+    voc = XMLDataset(None, [], img_prefix=str(tmp_path/'v'), origin=0); (tmp_path/'two.txt').write_text('train_00001\ntrain_00003\n')
+    two = XMLDataset(tmp_path/'two.txt', [], img_prefix=str(tmp_path/'v'), origin=0); yolo = YOLODataset(as_yolo(tmp_path/'y', toys, lambda *v: v)/'data.yaml', [])
+    for data,n in ((coco, 12), (voc, 12), (two, 2), (yolo, 12), (RepeatDataset(coco, 3), 12)):
+        report = lint(data); assert not len(report) and len(report.sources[0].coco['images']) == n, str(report)
+    assert lint(voc).sources[0].coco['annotations'][0]['bbox'] == coco.coco['annotations'][0]['bbox']
+    assert [s.format for s in lint(ConcatDataset([coco, voc])).sources] == ['coco', 'voc']
+    (tmp_path/'mid.json').write_text(json.dumps([dict(filename='train_00000.png', width=160, height=120, ann=dict(bboxes=[[1, 2, 300, 40]], labels=[0]))]))
+    custom = lint(CustomDataset(tmp_path/'mid.json', [], classes=('a',), img_prefix=str(root/'images'))); assert {f.rule for f in custom.findings} == {'sticks-out'}
+    for wrong in (3, None, [coco]):
+        with pytest.raises(TypeError, match='no path and no data set'): lint(wrong)
+
+def test_leakage_over_the_lists_of_voc(toys, tmp_path):
+    root = as_voc(tmp_path, toys); lists = root/'ImageSets/Main'; assert lint(root).ok
+    (lists/'val.txt').write_text('\ntrain_00003\n'); hit, = [f for f in lint(root).findings if f.rule == 'leakage']
+    assert (hit.place.file, hit.place.line, hit.image, hit.severity) == (str(lists/'val.txt'), 2, 'train_00003.png', 'error')
+    names = (lists/'train.txt').read_text().splitlines(); (lists/'train.txt').write_text('\n'.join(names[:6])); (lists/'val.txt').write_text('\n'.join(names[6:])); assert lint(root).ok
+    photos = tmp_path/'own'; photos.mkdir(); [(photos/p.name).write_bytes(p.read_bytes()) for p in (root/'JPEGImages').iterdir()]; (root/'JPEGImages').unlink(); photos.rename(root/'JPEGImages')
+    (root/'JPEGImages'/'train_00008.png').write_bytes((root/'JPEGImages'/'train_00002.png').read_bytes())            # the same content, in train and in val
+    assert [f.image for f in lint(root).findings if f.rule == 'leakage'] == ['train_00008.png']
+
+def test_letters_that_can_not_be_written(toys, tmp_path):
+    "Half a letter in a name: report, page and repaired copy are written all the same."
+    root,file = toys; coco = json.loads(file.read_text()); coco['images'][2]['file_name'] = 'a\ud800.png'; (tmp_path/'bad.json').write_text(json.dumps(coco))
+    report = lint(tmp_path/'bad.json', root/'images'); str(report).encode(); write_gallery(report, tmp_path/'g.html'); assert repair(report.sources[0], tmp_path/'good.json').ok
+
+@pytest.mark.parametrize('seed', range(6))
+def test_fuzz_repairs(seed, toys, tmp_path):
+    "Entries of a good file replaced at random, photos turned: report, page and repaired copy never fail, and the copy is silent and can be read."
+    import random
+    rng,(root,file) = random.Random(seed),toys; base = json.loads(file.read_text()); (tmp_path/'images').mkdir(); note = Image.Exif(); note[0x112] = 6
+    for p in (root/'images').iterdir(): Image.open(p).save(tmp_path/'images'/p.name, exif=note) if p.name.endswith('3.png') else (tmp_path/'images'/p.name).symlink_to(p)
+    odd = [None, True, -1, 0, 1, .5, 2**63, 10**400, 1e308, float('nan'), float('inf'), '', '../x', 'circle', '\0', '\ud800', 'x'*5000, [], {}, [[1]], [1, 2, 3, 4], [1e308]*4, ['1']*4, dict(size=[120, 160], counts='999'), dict(size='x', counts=3)]
+    def places(x, at=()):
+        yield at
+        for k,v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else (): yield from places(v, at + (k,))
+    for turn in range(12):
+        coco = json.loads(json.dumps(base))
+        for _ in range(rng.randint(1, 5)):
+            at = rng.choice([p for p in places(coco) if p]); x = coco
+            for k in at[:-1]: x = x[k]
+            if rng.random() < .2 and isinstance(x, dict): del x[at[-1]]
+            else: x[at[-1]] = rng.choice(odd)
+        (tmp_path/'bad.json').write_text(json.dumps(coco))
+        with warnings.catch_warnings(action='ignore'):
+            report = lint(tmp_path/'bad.json', tmp_path/'images'); json.dumps(report.as_dict(), allow_nan=False); write_gallery(report, tmp_path/'g.html', 2)
+            after = repair(report.sources[0], tmp_path/f'good{turn}.json'); assert not [f for f in after.findings if f.fix and f.severity != 'note'], str(after)
+            if after.ok: only_own(CocoDataset, tmp_path/f'good{turn}.json', [], test_mode=True)
+
 def test_the_corpus_is_large_enough():
     assert len(COCO_CASES) + len(VOC_CASES) + len(YOLO_CASES) + len(photo_cases()) + 12 >= 100
     named = {r for _,r,_ in [*COCO_CASES.values(), *VOC_CASES.values()]} | {r for _,r in [*YOLO_CASES.values(), *photo_cases().values()]} | {'leakage', 'unlabelled-images', 'not-parseable'}

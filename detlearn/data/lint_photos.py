@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['missing_file', 'unreadable_image', 'image_bomb', 'sizes_of_head', 'wrong_size', 'turned_photos', 'turn_fix',
-           'judge_turn', 'hold_back', 'exif_rotation', 'same_content', 'duplicate_image', 'find_leaks']
+           'judge_turn', 'hold_back', 'exif_rotation', 'same_content', 'duplicate_image', 'splits_of_photo', 'leakage',
+           'find_leaks']
 
 # %% ../../nbs/02_data/09c_lint_photos.ipynb #d030e2ba
 import hashlib, os
@@ -193,19 +194,36 @@ def duplicate_image(
                       fix=('images', facts.images[n][0], None))
 
 # %% ../../nbs/02_data/09c_lint_photos.ipynb #65c7a96f
+def splits_of_photo(
+    facts, # `Facts`
+    n:int, # number among `images`
+)->set:    # of names; empty where nothing says it
+    "What a photo is for."
+    return set(facts.images[n][1].get('splits') or ()) or {facts.source.split} - {''}
+
+@rule('leakage', 'error', 'one photo in two splits')
+def leakage(
+    facts, # `Facts`
+)->Iterator:   # of dicts, see `rule`
+    "One name in two lists of VOC; for photos of equal content see `find_leaks`."
+    for n,(_,im) in enumerate(facts.images):
+        places = im.get('splits') or {}
+        for split in list(places)[1:]:
+            first = next(iter(places))
+            here = dict(of_photo(facts, n, f'this photo is listed for {first} and for {split}.'))
+            yield dict(here, where=places[split])
+
+# %% ../../nbs/02_data/09c_lint_photos.ipynb #2a7697c1
 def find_leaks(
     all_facts:list, # of `Facts`, one a source; findings are added
 ):
-    "Photos of one split in another one; a file whose name says no split is not compared."
-    split = [f.source.split for f in all_facts]
-    photos = [((k, n), f.photo(n)) for k,f in enumerate(all_facts) if split[k]
-              for n in range(len(f.images))]
-    for (k,n),*others in same_content([(key, p) for key,p in photos if p]):
-        other = next(((j, m) for j,m in others if split[j] != split[k]), None)
+    "Photos of one split in another one; where nothing says the split, nothing is compared."
+    of = {(k, n): splits_of_photo(f, n) for k,f in enumerate(all_facts) for n in range(len(f.images))}
+    photos = [(key, all_facts[key[0]].photo(key[1])) for key,splits in of.items() if splits]
+    for first,*others in same_content([(key, p) for key,p in photos if p]):
+        other = next((key for key in others if not of[key] & of[first]), None)
         if other is None: continue
-        source = all_facts[other[0]].source; i,im = all_facts[other[0]].images[other[1]]
+        (k,n),(j,m) = first,other; source = all_facts[j].source; i,im = all_facts[j].images[m]
         name = all_facts[k].images[n][1]['file_name']
         source.say('leakage', 'error', f'this photo is also in {all_facts[k].source.path}, as {name}.',
                    ('images', i, 'file_name'), ('images', i, None), im['file_name'])
-
-rule('leakage', 'error', 'one photo in two splits')(None)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Rule', 'RULES', 'photo_head', 'cut_short', 'Facts', 'rule', 'run_rules', 'empty_box', 'tiny_box', 'beside',
-           'outside_image', 'sticks_out', 'shares', 'box_format', 'pair_iou', 'duplicate_object', 'usual_spreads',
-           'absurd_size', 'of_photo', 'name_differs', 'category_names', 'category_ids', 'image_ids', 'no_objects',
-           'unlabelled_images', 'polygon_extent', 'runs_extent', 'mask_extent', 'bad_mask']
+           'outside_image', 'sticks_out', 'readings', 'fitting', 'as_written', 'from_shares', 'shares', 'box_format',
+           'pair_iou', 'duplicate_object', 'usual_spreads', 'absurd_size', 'of_photo', 'name_differs', 'category_names',
+           'category_ids', 'image_ids', 'no_objects', 'unlabelled_images', 'polygon_extent', 'runs_extent',
+           'mask_extent', 'bad_mask']
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #0e6b768c
 import os, warnings
@@ -40,10 +41,11 @@ def photo_head(
 def cut_short(
     path,  # of a photo
 )->bool:   # JPEG and PNG alone; others: False
-    "The last bytes of a photo are missing."
-    data = Path(path).read_bytes()
+    "The last bytes of a photo are missing; the middle is not read."
     ends = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}  # first bytes: what stands near the end
-    return data[:2] in ends and ends[data[:2]] not in data[-1024:]
+    with open(path, 'rb') as f:
+        first = f.read(2); f.seek(max(0, os.path.getsize(path) - 1024))
+        return first in ends and ends[first] not in f.read()
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #8f95dd71
 class Facts:
@@ -103,7 +105,10 @@ class Facts:
         **values, # new ones; none: the object is dropped
     )->tuple:     # see `Finding.fix`
         "A repair of an object."
-        return 'annotations', self.objects[n][0], values or None
+        number,a = self.objects[n]
+        if 'bbox' in values and not a.get('segmentation'):
+            values['area'] = float(np.prod(values['bbox'][2:]))
+        return 'annotations', number, values or None
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #aeb83dbc
 Rule = namedtuple('Rule', 'id severity text check')
@@ -174,7 +179,7 @@ def outside_image(
     facts, # `Facts`
 )->Iterator:   # of dicts, see `rule`
     "No part of it is in the photo."
-    for n in np.flatnonzero(facts.real & beside(facts)):
+    for n in np.flatnonzero(facts.real & beside(facts) & ~shares(facts)):
         box,size = facts.boxes[n].tolist(),facts.limits[n].tolist()
         yield dict(message=f'the box {box} (xyxy) lies outside the photo of {size}.',
                    where=facts.where(n),
@@ -187,38 +192,79 @@ def sticks_out(
     "Part of it is in the photo."
     b,limit = facts.boxes,facts.limits
     out = ((b[:, :2] < -1) | (b[:, 2:] > limit + 1)).any(1)
-    for n in np.flatnonzero(facts.real & ~beside(facts) & out):
+    for n in np.flatnonzero(facts.real & ~beside(facts) & out & ~shares(facts)):
         (x1,y1),(x2,y2) = np.maximum(b[n, :2], 0).tolist(),np.minimum(b[n, 2:], limit[n]).tolist()
         yield dict(message=f'the box {b[n].tolist()} (xyxy) leaves the photo of {limit[n].tolist()}.',
                    where=facts.where(n), n=n, fix=facts.repair(n, bbox=[x1, y1, x2-x1, y2-y1]))
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #993af836
+def readings(
+    facts, # `Facts`
+)->dict:   # in words: `(N, 4)` x, y, width, height in pixels; the first is how the numbers were read
+    "What the four numbers could mean instead."
+    v,o = facts.xywh,facts.source.origin
+    sides = lambda c: np.concatenate([c[:, :2], c[:, 2:] - c[:, :2]], 1)
+    if facts.source.format == 'voc':
+        return {'two corners': v, 'x, y, width, height': np.concatenate([v[:, :2],
+                                                                         facts.boxes[:, 2:] + o], 1)}
+    if facts.source.format == 'yolo':
+        c = np.concatenate([v[:, :2] + v[:, 2:]/2, v[:, 2:]], 1)
+        return {'centre, width, height': v, 'two corners': sides(c), 'x, y, width, height': c}
+    return {'x, y, width, height': v, 'two corners (x1, y1, x2, y2)': sides(v)}
+
+def fitting(
+    boxes,  # `(N, 4)` x, y, width, height in pixels
+    limits, # `(N, 2)` width and height of their photos
+)->np.ndarray: # `(N,)` bool
+    "Boxes that have a size, and lie in their photo but for a pixel."
+    inside = (boxes[:, :2] >= -1).all(1) & (boxes[:, :2] + boxes[:, 2:] <= limits + 1).all(1)
+    return inside & (boxes[:, 2:] > 0).all(1)
+
+# %% ../../nbs/02_data/09b_lint_rules.ipynb #e225cab6
+def as_written(
+    facts, # `Facts`
+)->np.ndarray: # `(N, 4)`
+    "Boxes in the numbers of their file: VOC has corners, counted from `origin`."
+    return facts.boxes + facts.source.origin if facts.source.format == 'voc' else facts.xywh
+
+def from_shares(
+    facts, # `Facts`
+)->np.ndarray: # `(N, 4)` x, y, width, height
+    "The boxes in pixels, had they been written as shares."
+    out = as_written(facts)*np.tile(facts.limits, 2)
+    if facts.source.format == 'voc': out[:, 2:] -= out[:, :2]
+    return out
+
 def shares(
     facts, # `Facts`
 )->np.ndarray: # `(N,)` bool
     "Boxes that are shares of the photo and would be larger than two pixels."
-    small = np.abs(facts.xywh).max(1, initial=0) <= 1
-    return small & facts.real & (facts.xywh[:, 2:]*facts.limits > 2).all(1)
+    if facts.source.format == 'yolo':  # they are, and were read so
+        return np.zeros(len(facts.xywh), bool)
+    small = np.abs(as_written(facts)).max(1, initial=0) <= 1
+    return small & facts.real & (from_shares(facts)[:, 2:] > 2).all(1)
 
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #e225cab6
-@rule('box-format', 'error', 'numbers that are corners, or shares, instead of x, y, width, height')
+# %% ../../nbs/02_data/09b_lint_rules.ipynb #44e685b1
+@rule('box-format', 'error', 'numbers that are corners, sides or shares, where others are expected')
 def box_format(
     facts, # `Facts`
 )->Iterator:   # of dicts, see `rule`
     "A guess, with its evidence."
-    v,limit,share = facts.xywh,facts.limits,shares(facts); n = len(v)
+    share,n,(now,*others) = shares(facts),len(facts.xywh),readings(facts).items()
     change = lambda which, new: [facts.repair(k, bbox=new[k].tolist()) for k in np.flatnonzero(which)]
     if share.any():
-        yield dict(message=f'{share.sum()} of {n} boxes hold numbers of at most 1, such as '
-                           f'{v[share][0].tolist()}: shares of the photo, not pixels.',
-                   where=facts.where(np.argmax(share)), fix=change(share, v*np.tile(limit, 2)))
-    out = (v[:, :2] + v[:, 2:] > limit + 1).any(1)
-    fit = ((v[:, 2:] > v[:, :2]) & (v[:, 2:] <= limit + 1)).all(1)
-    if out.sum() >= 3 and out.mean() > .2 and fit.mean() > .95:
-        as_sides = np.concatenate([v[:, :2], v[:, 2:] - v[:, :2]], 1)
-        yield dict(message=f'{out.sum()} of {n} boxes leave their photo as x, y, width, height; '
-                           f'{fit.sum()} fit as two corners (x1, y1, x2, y2).',
-                   where=facts.where(np.argmax(out)), fix=change(fit, as_sides))
+        first = np.argmax(share); example = as_written(facts)[first].tolist()
+        yield dict(message=f'{share.sum()} of {n} boxes hold numbers of at most 1, such as {example}: '
+                   'shares of the photo, not pixels.', where=facts.where(first),
+                   fix=change(share, from_shares(facts)))
+    out = ~fitting(now[1], facts.limits) & ~share
+    fits = {words: fitting(new, facts.limits) for words,new in others}
+    best = max(fits, key=lambda words: fits[words].sum())
+    if out.sum() >= 3 and out.mean() > .2 and fits[best].mean() > .95:
+        yield dict(message=f'{out.sum()} of {n} boxes do not fit their photo as {now[0]}; '
+                           f'{fits[best].sum()} fit '
+                   f'as {best}.', where=facts.where(np.argmax(out)),
+                   fix=change(fits[best], dict(others)[best]))
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #4a15f540
 def pair_iou(
@@ -402,6 +448,8 @@ def runs_extent(
         seg = codec.frPyObjects(seg, *shape)
     elif not isinstance(counts, str) or not counts or not all(48 <= ord(c) < 112 for c in counts):
         return None,'its run lengths can not be read'
+    try: codec.decode(seg)
+    except ValueError: return None,'its run lengths do not add up to the photo'
     x,y,w,h = codec.toBbox(seg)
     return (x, y, x+w, y+h),''
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RULE_OF_WORDS', 'Place', 'children', 'JsonPlaces', 'Finding', 'Source', 'need', 'check_entries', 'size_fix',
            'check_photo_entries', 'check_ids_of', 'check_objects', 'parse_failure', 'three_lists', 'from_coco',
-           'photos_near', 'add_photo', 'add_object', 'voc_objects', 'photos_of_voc', 'voc_photo', 'from_voc',
-           'yolo_objects', 'yolo_photo', 'from_yolo', 'find_sources', 'sources_below', 'maybe_coco', 'splits_of']
+           'photos_near', 'add_photo', 'add_object', 'voc_objects', 'photos_of_voc', 'voc_photo', 'listed_splits',
+           'xml_files', 'from_voc', 'yolo_objects', 'yolo_photo', 'from_yolo', 'find_sources', 'sources_below',
+           'maybe_coco', 'splits_of']
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #74db8b57
 import bisect, json, os, re
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from .coco import AnnotationError, check_box, check_name, no_such_file, read_json
 from .folder import folders_below, split_of
-from .voc import find_photo, number_in, photo_size, read_object, read_xml
+from .voc import find_photo, names_of, number_in, photo_size, read_object, read_xml
 from .yolo import label_file, photos_of, read_data_yaml, read_line, to_annotation
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #62073796
@@ -112,6 +113,7 @@ class Source:
     place_of:object             # `f(list, number, key='')` gives a `Place`
     folder:object=None          # of the photos; None: not found
     split:str=''                # train, val, test, or not known
+    origin:float=0              # number of the first pixel
     findings:list=field(default_factory=list)
     bad:set=field(default_factory=set) # `(list, number)` of entries that other rules can't use
 
@@ -397,21 +399,45 @@ def voc_photo(
     return dict(image, id=number+1)
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #3f60e7ac
+def listed_splits(
+    root,    # folder with `ImageSets/Main`
+)->dict:     # stem of a photo: {split: `Place` in the list}
+    "Which lists of VOC name a photo."
+    out = {}
+    for split in ('train', 'val', 'test'):
+        names = Path(root)/'ImageSets'/'Main'/f'{split}.txt'
+        lines = names.read_text(errors='replace').splitlines() if names.is_file() else []
+        for n,line in enumerate(lines, 1):
+            if line.strip(): out.setdefault(line.split()[0], {})[split] = Place(str(names), n, 1)
+    return out
+
+def xml_files(
+    path,   # a folder, perhaps with `Annotations`; or one xml file
+    listed, # text file with the names that count; None: all
+)->list:    # of paths
+    "The xml files of a VOC folder."
+    if path.is_file(): return [path]
+    inside = path/'Annotations' if (path/'Annotations').is_dir() else path
+    if listed is not None: return [inside/f'{n}.xml' for n in names_of(listed, inside)]
+    return sorted(inside.glob('*.xml'))
+
+# %% ../../nbs/02_data/09_lint_sources.ipynb #56d9ed41
 def from_voc(
     path,            # a folder with xml files, perhaps in `Annotations`; or one xml file
     folder=None,     # of the photos; None: see `photos_of_voc`
     origin:float=1,  # number of the first pixel
-)->Source:           # likewise
+    listed=None,     # text file with the names that count; None: every xml file
+)->Source:           # with what is wrong in `findings`
     "VOC xml files, with all that is wrong in them."
-    path = Path(path); places,classes = {},{}
-    inside = path/'Annotations' if (path/'Annotations').is_dir() else path
-    files = [path] if path.is_file() else sorted(inside.glob('*.xml'))
+    places,classes,files = {},{},xml_files(Path(path), listed)
     s = Source('voc', str(path), dict(images=[], annotations=[], categories=[]),
-               lambda kind, i, key='': places.get((kind, i), Place(str(path))))
+               lambda kind, i, key='': places.get((kind, i), Place(str(path))), origin=origin)
     s.folder = Path(folder) if folder else photos_of_voc(files)
+    splits = listed_splits(files[0].parent.parent) if files else {}
     for file in files:
         try: top = read_xml(file); image = voc_photo(s, places, top, file)
-        except AnnotationError as e: parse_failure(s, e, file.stem); continue
+        except (AnnotationError, FileNotFoundError) as e: parse_failure(s, e, file.stem); continue
+        s.coco['images'][-1]['splits'] = splits.get(file.stem, {})
         voc_objects(s, places, top, file, image, classes, origin)
     s.coco['categories'] = [dict(id=i, name=n) for n,i in classes.items()]
     return s
