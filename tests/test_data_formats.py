@@ -522,8 +522,8 @@ def test_fuzz_repairs(seed, toys, tmp_path):
             if rng.random() < .2 and isinstance(x, dict): del x[at[-1]]
             else: x[at[-1]] = rng.choice(odd)
         (tmp_path/'bad.json').write_text(json.dumps(coco))
-        with warnings.catch_warnings(action='ignore'):
-            report = lint(tmp_path/'bad.json', tmp_path/'images'); json.dumps(report.as_dict(), allow_nan=False); write_gallery(report, tmp_path/'g.html', 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore'); report = lint(tmp_path/'bad.json', tmp_path/'images'); json.dumps(report.as_dict(), allow_nan=False); write_gallery(report, tmp_path/'g.html', 2)
             after = repair(report.sources[0], tmp_path/f'good{turn}.json'); assert not [f for f in after.findings if f.fix and f.severity != 'note'], str(after)
             if after.ok: only_own(CocoDataset, tmp_path/f'good{turn}.json', [], test_mode=True)
 
