@@ -14,7 +14,6 @@ import os, warnings
 from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 import numpy as np
 from .lint_sources import Source
 
