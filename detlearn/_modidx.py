@@ -4568,8 +4568,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                       'detlearn/targets/delta_xywh_coder.py'),
                                                    'detlearn.targets.delta_xywh_coder.clamp_deltas': ( '06_targets/delta_xywh_coder.html#clamp_deltas',
                                                                                                        'detlearn/targets/delta_xywh_coder.py'),
-                                                   'detlearn.targets.delta_xywh_coder.clip_to': ( '06_targets/delta_xywh_coder.html#clip_to',
-                                                                                                  'detlearn/targets/delta_xywh_coder.py'),
                                                    'detlearn.targets.delta_xywh_coder.constants': ( '06_targets/delta_xywh_coder.html#constants',
                                                                                                     'detlearn/targets/delta_xywh_coder.py'),
                                                    'detlearn.targets.delta_xywh_coder.delta2bbox': ( '06_targets/delta_xywh_coder.html#delta2bbox',

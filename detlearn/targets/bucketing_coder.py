@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 from ..core.box_transforms import bbox_rescale
+from ..core.boxes import clip_boxes
 from ..core.registry import BBOX_CODERS
-from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, clip_to
+from .delta_xywh_coder import BaseBBoxCoder, at_least_float32
 from .legacy import last_pixel
 
 # %% ../../nbs/06_targets/02e_bucketing_coder.ipynb #6de85476
@@ -92,7 +93,7 @@ def bucket2bbox(
     sides = at - at_least_float32(offset_preds).unflatten(-1, (4, -1))*width
     best = scores.argmax(-1, keepdim=True)                                  # (..., 4, 1)
     left,right,top,bottom = torch.take_along_dim(sides, best, -1)[..., 0].unbind(-1)
-    boxes = clip_to(torch.stack([left, top, right, bottom], -1), last_pixel(max_shape))
+    boxes = clip_boxes(torch.stack([left, top, right, bottom], -1), last_pixel(max_shape))
     return boxes,bucket_confidence(scores)
 
 # %% ../../nbs/06_targets/02e_bucketing_coder.ipynb #bab46122
@@ -126,7 +127,7 @@ class BucketingBBoxCoder(BaseBBoxCoder):
     def decode(self,
         priors:Tensor,  # `(..., 4)` xyxy, pixels
         said,           # pair of logits and offsets, each `(..., 4*side_num)`
-        max_shape=None, # border of the image, see `clip_to`; not used without `clip_border`
+        max_shape=None, # border of the image, see `clip_boxes`; not used without `clip_border`
     )->tuple:           # boxes `(..., 4)` xyxy, how sure they are `(...)`
         "Buckets and offsets as boxes."
         border = max_shape if self.clip_border else None

@@ -9,9 +9,9 @@ __all__ = ['DistancePointBBoxCoder', 'normalizers', 'sizes_of_sides', 'bboxes2tb
 import torch
 from torch import Tensor
 from ..core.box_transforms import bbox2distance, distance2bbox
-from ..core.boxes import box_centers
+from ..core.boxes import box_centers, clip_boxes
 from ..core.registry import BBOX_CODERS
-from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, clip_to, constants
+from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, constants
 
 # %% ../../nbs/06_targets/02b_distance_coders.ipynb #745ac8f5
 @BBOX_CODERS.register_module()
@@ -33,11 +33,11 @@ class DistancePointBBoxCoder(BaseBBoxCoder):
     def decode(self,
         points:Tensor,    # `(..., 2)` x, y, pixels
         distances:Tensor, # `(..., 4)`
-        max_shape=None,   # border of the image, see `clip_to`; not used without `clip_border`
+        max_shape=None,   # border of the image, see `clip_boxes`; not used without `clip_border`
     )->Tensor:            # `(..., 4)` xyxy, pixels; float32 at least
         "Distances as boxes."
         boxes = distance2bbox(*self.checked(points, distances))
-        return clip_to(boxes, max_shape if self.clip_border else None)
+        return clip_boxes(boxes, max_shape if self.clip_border else None)
 
     @staticmethod
     def checked(
@@ -88,7 +88,7 @@ def tblr2bboxes(
     tblr:Tensor,            # `(..., 4)` top, bottom, left, right
     normalizer=4.,          # see `normalizers`
     normalize_by_wh=True,   # multiply by the prior's height and width
-    max_shape=None,         # border of the image, see `clip_to`
+    max_shape=None,         # border of the image, see `clip_boxes`
 )->Tensor:                  # `(..., 4)` xyxy, pixels
     "The box that the distances mean."
     priors,d = at_least_float32(priors),at_least_float32(tblr)
@@ -96,7 +96,7 @@ def tblr2bboxes(
     if normalize_by_wh: d = d * sizes_of_sides(priors)
     top,bottom,left,right = d.unbind(-1)
     boxes = distance2bbox(box_centers(priors), torch.stack([left, top, right, bottom], -1))
-    return clip_to(boxes, max_shape)
+    return clip_boxes(boxes, max_shape)
 
 # %% ../../nbs/06_targets/02b_distance_coders.ipynb #37363c86
 @BBOX_CODERS.register_module()
@@ -119,7 +119,7 @@ class TBLRBBoxCoder(BaseBBoxCoder):
     def decode(self,
         priors:Tensor,  # `(..., 4)` xyxy, pixels
         tblr:Tensor,    # `(..., 4)`
-        max_shape=None, # border of the image, see `clip_to`; not used without `clip_border`
+        max_shape=None, # border of the image, see `clip_boxes`; not used without `clip_border`
     )->Tensor:          # `(..., 4)` xyxy, pixels; float32 at least
         "Distances as boxes."
         border = max_shape if self.clip_border else None

@@ -8,9 +8,9 @@ __all__ = ['boxes_of_sizes', 'cells_of_objects', 'YOLOAnchorGenerator', 'beside'
 # %% ../../nbs/06_targets/02d_yolo_grid.ipynb #d456c0e3
 import torch
 from torch import Tensor
-from ..core.boxes import box_centers
+from ..core.boxes import box_centers, clip_boxes
 from ..core.registry import BBOX_CODERS, PRIOR_GENERATORS
-from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, centre_size, clip_to
+from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, centre_size
 from .priors import AnchorGenerator, pair
 
 # %% ../../nbs/06_targets/02d_yolo_grid.ipynb #49cded8d
@@ -100,10 +100,10 @@ class YOLOBBoxCoder(BaseBBoxCoder):
         priors:Tensor,  # `(..., 4)` xyxy, pixels
         said:Tensor,    # `(..., 4)`, x and y behind the sigmoid
         stride,         # pixels: a number, or a tensor with one for each prior
-        max_shape=None, # border of the image, see `clip_to`; None: don't cut
+        max_shape=None, # border of the image, see `clip_boxes`; None: don't cut
     )->Tensor:          # `(..., 4)` xyxy, pixels
         "Places and growth as boxes."
         (pc,ps),said = centre_size(at_least_float32(priors)),at_least_float32(said)
         centre = pc + (said[..., :2]-.5)*beside(stride, pc)
         half = ps*.5*said[..., 2:].exp()
-        return clip_to(torch.cat([centre-half, centre+half], -1), max_shape)
+        return clip_boxes(torch.cat([centre-half, centre+half], -1), max_shape)
