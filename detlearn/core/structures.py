@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'BACKGROUND', 'move', 'Movable', 'OfImages', 'GroundTruth', 'check_image', 'check_objects', 'rows',
-           'pad_masks', 'pad_objects', 'Priors', 'own_codes', 'in_front', 'AssignResult', 'SamplingResult', 'chance_of',
-           'Predictions', 'Detections', 'Batch']
+           'pad_masks', 'pad_objects', 'Priors', 'take_rows', 'own_codes', 'in_front', 'AssignResult', 'SamplingResult',
+           'chance_of', 'Predictions', 'Detections', 'Batch']
 
 # %% ../../nbs/01_core/02_structures.ipynb #ef350031
 from dataclasses import dataclass, field, fields
@@ -171,6 +171,13 @@ class Priors(Movable):
         return list(x.split(self.level_sizes, 1))
 
 # %% ../../nbs/01_core/02_structures.ipynb #1b9447e1
+def take_rows(
+    x,        # `(B, P, D)`
+    index,    # `(B, N)` int64
+)->Tensor:    # `(B, N, D)`
+    "Some rows of each image."
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
 def own_codes(
     gt,       # `GroundTruth`, `G` slots
 )->Tensor:    # `(..., G)` int64: `k` for object `k-1`, `IGNORE` for padding and crowds

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import POSTPROCESS
-from ..core.structures import Detections
+from ..core.structures import Detections, take_rows
 from .nms import nms_settings, survive
 
 # %% ../../nbs/08_postprocess/02_dense_postprocess.ipynb #5394de06
@@ -36,7 +36,7 @@ def best_pairs(
     row = torch.arange(P, device=scores.device).expand(B, P)
     if k < P:
         row = first_best(scores.amax(-1), k)[1].sort(-1).values
-        scores = scores.gather(1, row[..., None].expand(-1, -1, C))
+        scores = take_rows(scores, row)
     best,pair = first_best(scores.flatten(1), k)
     return best,row.gather(1, pair // C),pair % C
 
@@ -67,7 +67,7 @@ def pack_best(
     scores = F.pad(scores, (0, short), value=-1.)
     best,order = first_best(scores, K if K >= 0 else scores.shape[1])
     valid = best >= 0
-    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = take_rows(boxes, order)
     return Detections(boxes.masked_fill(~valid[..., None], 0), best.masked_fill(~valid, 0),
                       labels.gather(1, order).masked_fill(~valid, -1), valid)
 
