@@ -163,6 +163,8 @@ def named(report, rule): return sorted(re.search(r'(\d{5})', f.image)[1] for f i
 def test_linter_finds_the_errors_that_are_known(bccd):
     assert named(bccd, 'empty-box') == ['00338', '00343']
     assert named(bccd, 'duplicate-object') == ['00020', '00100', '00104', '00251', '00284', '00331', '00403']
+    pair = next(f for f in bccd.findings if f.rule == 'duplicate-object'); other = re.search(r'covers (\S+?):(\d+):', pair.message)
+    assert other and other[1] == pair.place.file and '<object>' in Path(other[1]).read_text().splitlines()[int(other[2])-1]   # named by file and line
     large = ['00008', '00009', '00035', '00042', '00139', '00140', '00143', '00241', '00294', '00325', '00336', '00339', '00362', '00405', '00409']
     wrong_class = ['00113', '00133', '00135']
     assert set(large + wrong_class) <= set(named(bccd, 'absurd-size'))

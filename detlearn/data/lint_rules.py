@@ -289,10 +289,11 @@ def duplicate_object(
     for members in groups.values():
         iou = pair_iou(facts.boxes[members])
         for i,j in zip(*np.nonzero(iou > .9)):
-            n,first = members[j],facts.objects[members[i]][0]
+            n,first = members[j],facts.where(members[i])[:2]
+            there = '/'.join(('', *map(str, first))) if facts.source.format == 'coco' else facts.source.place_of(*first)
             both = f'IoU {iou[i, j]:.3f}, both {facts.class_of(n)!r}'
-            yield dict(message=f'covers /annotations/{first} with {both}.', where=facts.where(n),
-                       fix=facts.repair(n), n=n,
+            yield dict(message=f'covers {there} with {both}.', where=facts.where(n), fix=facts.repair(n),
+                       n=n,
                        severity='warning' if iou[i, j] > .95 else 'note')
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #dbb1c266
