@@ -4513,6 +4513,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                            'detlearn/targets/assignment_explorer.py'),
                                                       'detlearn.targets.assignment_explorer.suited': ( '06_targets/assignment_explorer.html#suited',
                                                                                                        'detlearn/targets/assignment_explorer.py'),
+                                                      'detlearn.targets.assignment_explorer.three_shapes': ( '06_targets/assignment_explorer.html#three_shapes',
+                                                                                                             'detlearn/targets/assignment_explorer.py'),
                                                       'detlearn.targets.assignment_explorer.toy_scene': ( '06_targets/assignment_explorer.html#toy_scene',
                                                                                                           'detlearn/targets/assignment_explorer.py')},
             'detlearn.targets.atss_assigner': { 'detlearn.targets.atss_assigner.ATSSAssigner': ( '06_targets/atss_assigner.html#atssassigner',
