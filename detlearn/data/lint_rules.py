@@ -290,7 +290,8 @@ def duplicate_object(
         iou = pair_iou(facts.boxes[members])
         for i,j in zip(*np.nonzero(iou > .9)):
             n,first = members[j],facts.where(members[i])[:2]
-            there = '/'.join(('', *map(str, first))) if facts.source.format == 'coco' else facts.source.place_of(*first)
+            pointers = facts.source.format == 'coco'
+            there = f'/annotations/{first[1]}' if pointers else facts.source.place_of(*first)
             both = f'IoU {iou[i, j]:.3f}, both {facts.class_of(n)!r}'
             yield dict(message=f'covers {there} with {both}.', where=facts.where(n), fix=facts.repair(n),
                        n=n,
