@@ -64,9 +64,11 @@ def others_for(
     "The other photos that a step wants."
     for _ in range(max_refetch):
         wanted = step.get_indexes(dataset)
-        found = [copy.deepcopy(dataset[i]) for i in (wanted if isinstance(wanted, Sequence) else [wanted])]
+        numbers = wanted if isinstance(wanted, Sequence) else [wanted]
+        found = [copy.deepcopy(dataset[i]) for i in numbers]
         if all(f is not None for f in found): return found
-    raise RuntimeError(f'{type(step).__name__}: the pipeline of the inner data set gave up its photos {max_refetch} times in a row. Which of its steps returns None?')
+    raise RuntimeError(f'{type(step).__name__}: the pipeline of the inner data set gave up its photos '
+                       f'{max_refetch} times in a row. Which of its steps returns None?')
 
 def until_usable(
     step,            # of a pipeline
@@ -90,8 +92,10 @@ class MultiImageMixDataset(Dataset):
         skip_type_keys=None, # names of steps to be left out
         max_refetch:int=15,  # trials before an error
     ):
-        if dynamic_scale is not None: raise RuntimeError('dynamic_scale is gone: put a Resize into the pipeline.')
-        if not isinstance(pipeline, Sequence): raise TypeError(f'pipeline={pipeline!r:.60}: expected a list of steps.')
+        if dynamic_scale is not None:
+            raise RuntimeError('dynamic_scale is gone: put a Resize into the pipeline.')
+        if not isinstance(pipeline, Sequence):
+            raise TypeError(f'pipeline={pipeline!r:.60}: expected a list of steps.')
         self.dataset,self.max_refetch,self.CLASSES = dataset,max_refetch,dataset.CLASSES
         self.PALETTE = getattr(dataset, 'PALETTE', None)
         if hasattr(dataset, 'flag'): self.flag = dataset.flag
@@ -104,7 +108,8 @@ class MultiImageMixDataset(Dataset):
         results = copy.deepcopy(self.dataset[idx])
         for step in self.pipeline:
             if type(step).__name__ in self.skip_type_keys: continue
-            if hasattr(step, 'get_indexes'): results['mix_results'] = others_for(step, self.dataset, self.max_refetch)
+            if hasattr(step, 'get_indexes'):
+                results['mix_results'] = others_for(step, self.dataset, self.max_refetch)
             results = until_usable(step, results, self.max_refetch)
             results.pop('mix_results', None)
         return results
@@ -125,5 +130,6 @@ class MultiImageMixDataset(Dataset):
         skip_type_keys, # names of steps
     ):
         "Leave out other steps from now on; YOLOX does without mosaics in its last epochs."
-        if not all(isinstance(k, str) for k in skip_type_keys): raise TypeError(f'skip_type_keys={skip_type_keys!r}: expected names of steps.')
+        if not all(isinstance(k, str) for k in skip_type_keys):
+            raise TypeError(f'skip_type_keys={skip_type_keys!r}: expected names of steps.')
         self.skip_type_keys = tuple(skip_type_keys)

@@ -145,7 +145,9 @@ def photos_of(
                               f'with one photo a line.')
     out = []
     for e in [entries] if isinstance(entries, str) else entries:
-        if isinstance(e, str) and e.startswith('../') and (root/e[3:]).exists(): e = e[3:]  # Roboflow's exports mean the yaml's own folder
+        # Roboflow's exports mean the yaml's own folder
+        if isinstance(e, str) and e.startswith('../') and (root/e[3:]).exists():
+            e = e[3:]
         check_name(e, f'{path}: {split}')
         where = root/e
         if where.is_dir(): out += photos_below(where)
@@ -217,9 +219,13 @@ def write_yolo(
     lines = {im['id']: [] for im in coco['images']}
     sizes = {im['id']: (im['width'], im['height']) for im in coco['images']}
     crowds = sum(bool(a.get('iscrowd')) for a in coco['annotations'])
-    if crowds: print(f'{root}: left out {crowds} crowd{"s"*(crowds != 1)}, which the format can not mark.')
-    boxed = sum(not is_outline(a) and bool(a.get('segmentation')) and not a.get('iscrowd') for a in coco['annotations'])
-    if boxed: print(f'{root}: {boxed} mask{"s"*(boxed != 1)} of several parts or run lengths written as boxes.')
+    if crowds:
+        print(f'{root}: left out {crowds} crowd{"s"*(crowds != 1)}, which the format can not mark.')
+    boxed = sum(not is_outline(a) and bool(a.get('segmentation')) and not a.get('iscrowd')
+                for a in coco['annotations'])
+    if boxed:
+        masks = f'{boxed} mask{"s"*(boxed != 1)} of several parts or run lengths'
+        print(f'{root}: {masks} written as boxes.')
     for a in coco['annotations']:
         if not a.get('iscrowd'):
             lines[a['image_id']].append(yolo_line(a, label[a['category_id']], sizes[a['image_id']]))
