@@ -79,6 +79,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
             'detlearn.apis.train': { 'detlearn.apis.train.about': ('15_apis/train.html#about', 'detlearn/apis/train.py'),
                                      'detlearn.apis.train.begin_from': ('15_apis/train.html#begin_from', 'detlearn/apis/train.py'),
                                      'detlearn.apis.train.check_classes': ('15_apis/train.html#check_classes', 'detlearn/apis/train.py'),
+                                     'detlearn.apis.train.custom_hooks_of': ( '15_apis/train.html#custom_hooks_of',
+                                                                              'detlearn/apis/train.py'),
                                      'detlearn.apis.train.default_device': ('15_apis/train.html#default_device', 'detlearn/apis/train.py'),
                                      'detlearn.apis.train.gradient_settings': ( '15_apis/train.html#gradient_settings',
                                                                                 'detlearn/apis/train.py'),

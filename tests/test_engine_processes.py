@@ -35,7 +35,35 @@ def make(folder, epochs=5, net=None, interval=1):
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-# ---- resume is exact: AdamW, averaged weights, accumulation
+def sgd(folder, net=None):
+    "SGD with momentum, nothing else that has a memory."
+    net = net or ToyNet()
+    run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .05, momentum=.9, nesterov=True, weight_decay=1e-3), folder, None, 5, logger=lambda text: None)
+    run.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False)); return run
+
+
+def equal(a, b):
+    "Nests of dicts, lists, tensors and plain values, to the bit; the time of saving may differ."
+    if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return set(a) == set(b) and all(equal(a[k], b[k]) for k in a if k not in ('time', 'saved'))
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+# ---- resume is exact: SGD; AdamW, averaged weights, accumulation; with and without reading processes
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('recipe', ['sgd', 'adamw, average, accumulation'])
+def test_all_that_a_checkpoint_holds_is_equal(tmp_path, recipe, workers):
+    "Twenty steps, or k and 20-k by another run with other weights and seeds: every entry of the last file, weights, optimizer, hooks, random numbers, place."
+    maker, other = (sgd, lambda: ToyNet(9)) if recipe == 'sgd' else (make, lambda: Heavy(9))
+    whole = maker(tmp_path/'whole'); whole.hooks[[type(h).__name__ for h in whole.hooks].index('CheckpointHook')].keep = -1
+    torch.manual_seed(1); whole.run(toy_loader(num_workers=workers)); last = read_file(tmp_path/'whole'/'iter_20.pth')
+    assert {'meta', 'state_dict', 'optimizer', 'rng', 'place', 'hooks'} <= set(last)
+    for k in (3, 8, 13):
+        back = maker(tmp_path/f'back{k}', net=other()); torch.manual_seed(77); back.resume(tmp_path/'whole'/f'iter_{k}.pth'); back.run(toy_loader(num_workers=workers))
+        theirs = read_file(tmp_path/f'back{k}'/'iter_20.pth')
+        assert [n for n in last if not equal(last[n], theirs[n])] == []
+
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):

@@ -8,8 +8,10 @@ from detlearn.engine.loggers import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = [sys.executable, '-m', 'detlearn.apis.cli']
-SETTINGS = ['data.workers_per_gpu=0', 'log_config.interval=1', 'evaluation.interval=2', 'model.backbone.base_channels=8', 'model.neck.in_channels=[16,32,64]', 'model.backbone.norm_eval=True',
-            'optimizer.type=SGD', 'optimizer.lr=.01', 'optimizer.momentum=.9', 'runner.max_epochs=5', 'checkpoint_config.interval=1', 'model.test_cfg.score_thr=0.']      # batch norms at rest: their statistics are of one process
+COMMON = ['data.workers_per_gpu=0', 'log_config.interval=1', 'evaluation.interval=2', 'model.backbone.base_channels=8', 'model.neck.in_channels=[16,32,64]', 'model.backbone.norm_eval=True',
+            'runner.max_epochs=5', 'checkpoint_config.interval=1', 'model.test_cfg.score_thr=0.']      # batch norms at rest: their statistics are of one process
+SETTINGS = [*COMMON, 'optimizer.type=SGD', 'optimizer.lr=.01', 'optimizer.momentum=.9']
+RICH = [*COMMON, 'optimizer.type=AdamW', 'data.workers_per_gpu=1', 'optimizer_config.type=GradientCumulativeFp16OptimizerHook', 'optimizer_config.cumulative_iters=2', 'optimizer_config.loss_scale=dynamic', 'custom_hooks.0.type=ExpMomentumEMAHook', 'custom_hooks.0.total_iter=10']
 
 
 def many(n, *more): return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master-port', str(free_port()), '--monitor-interval', '0.1', *more, '-m', 'detlearn.apis.cli']
@@ -20,9 +22,9 @@ def start(command, *words, **env):
     return subprocess.Popen([*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
 
 
-def train(folder, toys, photos, command=ONE, at=None, then=None, settings=()):
+def train(folder, toys, photos, command=ONE, at=None, then=None, settings=SETTINGS):
     "Run the command to its end; when a line of its output begins with `at`, call `then`."
-    p, out = start(command, 'train', 'toy/retinanet_demo', '--data', toys, '--work-dir', folder, '--device', 'cpu', '--set', *SETTINGS, f'data.samples_per_gpu={photos}', *settings), ''
+    p, out = start(command, 'train', 'toy/retinanet_demo', '--data', toys, '--work-dir', folder, '--device', 'cpu', '--set', *settings, f'data.samples_per_gpu={photos}'), ''
     try:
         for line in p.stdout:
             out += line
@@ -60,6 +62,12 @@ def one(tmp_path_factory, toys):
     folder = tmp_path_factory.mktemp('one')
     status, out = train(folder, toys, 8); assert status == 0, out
     return outcome(folder)
+
+
+def equal(a, b):
+    if torch.is_tensor(a): return torch.equal(a, b)
+    if isinstance(a, dict): return set(a) == set(b) and all(equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 def apart(a, b): return max((a[k].float()-b[k].float()).abs().max().item() for k in a)
@@ -110,6 +118,37 @@ def test_a_stopped_run_is_taken_up_by_the_command_that_it_prints(tmp_path, toys,
     p = start([sys.executable, '-m', 'torch.distributed.run', '--master-port', str(free_port())], *shlex.split(command)); out, _ = p.communicate(timeout=120)
     assert p.returncode == 0 and re.search(r'resumed from \S+interrupted.pth', out), out
     assert apart(outcome(folder)[0], one[0]) < 1e-5
+
+
+# ---- one process, with everything that has a memory: AdamW, a scaler, averaged weights, accumulation, a reading process
+
+@pytest.fixture(scope='module')
+def rich(tmp_path_factory, toys):
+    folder = tmp_path_factory.mktemp('rich'); status, out = train(folder, toys, 2, settings=RICH); assert status == 0, out
+    return torch.load(folder/'epoch_5.pth', weights_only=True)
+
+
+def test_a_checkpoint_holds_everything(rich):
+    "Model, average, optimizer, schedule (the iteration, and the base rate in the optimizer), scaler, random numbers, place of the sampler, config, classes, versions."
+    meta, hooks = rich['meta'], {k.split()[1]: v for k, v in {**rich['hooks'], **rich['own_hooks']}.items()}
+    assert {'python', 'numpy', 'torch'} <= set(rich['rng']) and {'seed', 'epoch', 'start'} <= set(rich['sampler']) and rich['place'] is not None
+    assert (meta['epoch'], meta['iter']) == (5, 35) and tuple(meta['CLASSES']) == ('circle', 'square', 'triangle') and 'RetinaHead' in meta['config']
+    assert {'detlearn_version', 'torch_version', 'python_version', 'seed'} <= set(meta)
+    assert len(hooks['ExpMomentumEMAHook']['raw']) > 50 and hooks['GradientCumulativeFp16OptimizerHook']['inner']['scale'] >= 1
+    assert all('initial_lr' in g for g in rich['optimizer']['param_groups']) and any('exp_avg_sq' in v for v in rich['optimizer']['state'].values())
+
+
+@pytest.mark.parametrize('sign, status', [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_a_stopped_command_goes_on_exactly(tmp_path, toys, rich, sign, status):
+    "The command that is printed (after a kill: the same with --resume) ends with the very same file, to the bit."
+    folder = tmp_path/'run'
+    got, out = train(folder, toys, 2, at='Epoch [3][4/7]', then=lambda p: p.send_signal(sign), settings=RICH); assert got == status, out
+    if sign == signal.SIGKILL: words = ['train', 'toy/retinanet_demo', '--data', str(toys), '--work-dir', str(folder), '--device', 'cpu', '--resume', '--set', *RICH, 'data.samples_per_gpu=2']
+    else: assert (folder/'interrupted.pth').exists(); words = shlex.split(re.search('resume with: detlearn (.*)', out)[1])
+    p = start(ONE, *words); out, _ = p.communicate(timeout=120); assert p.returncode == 0 and 'resumed from' in out, out
+    back = torch.load(folder/'epoch_5.pth', weights_only=True)
+    drop = lambda s: {**s, 'meta': {k: v for k, v in s['meta'].items() if k not in ('time', 'saved', 'config')}}      # the work directory stands in the config
+    assert [k for k in rich if not equal(drop(rich)[k], drop(back)[k])] == []
 
 
 # ---- started wrongly: a sentence from each process that notices, and no traceback

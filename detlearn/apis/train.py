@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['innermost', 'point_at', 'set_num_classes', 'use_data', 'check_classes', 'default_device', 'own_device', 'place_model',
-           'set_random_seed', 'runner_config', 'scaled_optimizer', 'gradient_settings', 'register_hooks', 'prepare',
-           'train_detector', 'restarted', 'where_to_resume', 'begin_from', 'keep_config', 'about', 'parts_to_train',
-           'run_training']
+           'set_random_seed', 'runner_config', 'scaled_optimizer', 'gradient_settings', 'custom_hooks_of',
+           'register_hooks', 'prepare', 'train_detector', 'restarted', 'where_to_resume', 'begin_from', 'keep_config',
+           'about', 'parts_to_train', 'run_training']
 
 # %% ../../nbs/15_apis/01_train.ipynb #6d4e56b3
 import os, random
@@ -151,6 +151,16 @@ def gradient_settings(
     return dict(how, type='Fp16OptimizerHook', **cfg['fp16'])
 
 # %% ../../nbs/15_apis/01_train.ipynb #8312c98a
+def custom_hooks_of(
+    cfg,    # a config
+)->list:    # of dicts with `type`
+    "`custom_hooks`, checked."
+    hooks = list(cfg.get('custom_hooks') or [])
+    for h in hooks:
+        if not isinstance(h, dict) or 'type' not in h: raise ValueError(f"custom_hooks has {h!r}: each entry must be dict(type='NAME', ...). On the command line: custom_hooks.0.type=NAME.")
+    return [dict(h) for h in hooks]
+
+# %% ../../nbs/15_apis/01_train.ipynb #f559bd40
 def register_hooks(
     runner,         # a new one
     cfg,            # a config
@@ -158,7 +168,7 @@ def register_hooks(
     distributed=False, # one of several processes
 ):
     "Everything around the steps."
-    custom = [dict(h) for h in cfg.get('custom_hooks') or []]
+    custom = custom_hooks_of(cfg)
     if 'NumClassCheckHook' not in [h.get('type') for h in custom]: custom.append(dict(type='NumClassCheckHook'))
     runner.register_training_hooks(cfg.get('lr_config'), gradient_settings(cfg), cfg.get('checkpoint_config'),
                                    cfg.get('log_config'), cfg.get('momentum_config'), custom_hooks_config=custom)
@@ -173,8 +183,8 @@ def prepare(
     cfg,     # a config
 )->torch.nn.Module: # the same model
     "Let hooks that change a model do so, before its weights are loaded and its optimizer is built."
-    for h in cfg.get('custom_hooks') or []:
-        if isinstance(h, dict) and h.get('type') == 'RFSearchHook': HOOKS.build(dict(h)).init_model(model)
+    for h in custom_hooks_of(cfg):
+        if h['type'] == 'RFSearchHook': HOOKS.build(h).init_model(model)
     return model
 
 # %% ../../nbs/15_apis/01_train.ipynb #11b265bf
