@@ -64,11 +64,13 @@ class LegacySSDAnchorGenerator(SSDAnchorGenerator):
 
 # %% ../../nbs/06_targets/02c_legacy.ipynb #45638f98
 def last_pixel(
-    max_shape, # `(height, width[, channels])`, a tensor `(B, 2)`, or None
-)->tuple|Tensor: # the same, one less; None stays None
+    max_shape, # `(height, width[, channels])`; one an image: a list, or a tensor `(B, 2)`; or None
+)->tuple|list|Tensor: # the same, one less; None stays None
     "The border as the last pixel inside."
     if max_shape is None: return None
-    return max_shape - 1 if isinstance(max_shape, Tensor) else tuple(v-1 for v in tuple(max_shape)[:2])
+    if isinstance(max_shape, Tensor): return max_shape - 1
+    if isinstance(max_shape[0], (tuple, list)): return [last_pixel(s) for s in max_shape]
+    return tuple(v-1 for v in tuple(max_shape)[:2])
 
 # %% ../../nbs/06_targets/02c_legacy.ipynb #132ac19e
 @BBOX_CODERS.register_module()

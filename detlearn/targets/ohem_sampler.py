@@ -34,10 +34,12 @@ class OHEMSampler(BaseSampler):
         num:int,                # candidates drawn of an image
         pos_fraction:float,     # at most this part of them positive
         context=None,           # see `hardness`; None: `sample` is given `losses`
+        neg_pos_ub=-1,          # as in `BaseSampler`
+        add_gt_as_proposals=True, # as in `BaseSampler`
         loss_key='loss_cls',    # for zoo configs: which loss of the head; the context decides here
         **kwargs,               # of `BaseSampler`
     ):
-        super().__init__(num, pos_fraction, **kwargs)
+        super().__init__(num, pos_fraction, neg_pos_ub, add_gt_as_proposals, **kwargs)
         self.context,self.loss_key = context,loss_key
 
     def pos_order(self,
@@ -126,13 +128,15 @@ class ScoreHLRSampler(RandomSampler):
         num:int,            # candidates drawn of an image
         pos_fraction:float, # at most this part of them positive
         context=None,       # `f(boxes, labels, feats) -> scores (..., P, C+1) logits, boxes (..., P, 4)`, as they are decoded for the best class
+        neg_pos_ub=-1,      # as in `BaseSampler`
+        add_gt_as_proposals=True, # as in `BaseSampler`
         k:float=.5,         # power of the weights
         bias:float=0,       # lifts small weights
         score_thr=.05,      # background above this score has a rank
         iou_thr=.5,         # groups as in NMS
         **kwargs,           # of `BaseSampler`
     ):
-        super().__init__(num, pos_fraction, **kwargs)
+        super().__init__(num, pos_fraction, neg_pos_ub, add_gt_as_proposals, **kwargs)
         self.context,self.k,self.bias,self.score_thr,self.iou_thr = context,k,bias,score_thr,iou_thr
 
     def neg_order(self,
