@@ -57,6 +57,7 @@ def things_and_segments(
     thing = {c['id']: bool(c.get('isthing', 1)) for c in coco['categories']}
     of = {a.get('image_id'): a for a in coco['annotations']}
     rows = [dict(s, image_id=i) for i,a in of.items() for s in a['segments_info'] if thing[s['category_id']]]
+    rows = [dict(s, id=k) for k,s in enumerate(rows, 1)]  # a segment's number is its own in its picture alone
     note = lambda s: (s['id'], s['category_id'], thing[s['category_id']] and not s.get('iscrowd'))
     images = []
     for im in coco['images']:
@@ -69,6 +70,7 @@ def things_and_segments(
 @DATASETS.register_module()
 class CocoPanopticDataset(CocoDataset):
     "Photos, things and segments of a panoptic file; labels by rising category id, things and stuff."
+    CLASSES,PALETTE,evaluator = None,None,'PanopticMetric'
     def __init__(self,
         ann_file,          # path of the panoptic json
         pipeline,          # steps: callables, or dicts with `type`
