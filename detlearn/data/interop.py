@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALBU_NAMES', 'Places', 'mirror_places', 'probe', 'matrix_of', 'to_target', 'from_target', 'FromTorchvision',
-           'AsTorchvision', 'build_albu', 'Albu', 'albu_input', 'albu_output']
+           'AsTorchvision', 'build_albu', 'box_params', 'Albu', 'albu_input', 'albu_output']
 
 # %% ../../nbs/02_data/05f_interop.ipynb #887d325b
 import importlib.util
@@ -21,6 +21,7 @@ from .crops import larger_than, keep_objects
 class Places(tv_tensors.KeyPoints):
     "Points between pixels: the image reaches from 0 to `W`."
 
+# %% ../../nbs/02_data/05f_interop.ipynb #c729ea6c
 def mirror_places(
     places,    # `Places` `(n, 2)`
     axis:int,  # 0: left-right, 1: upside down
@@ -41,6 +42,7 @@ def probe(
     h,w = size
     return Places(torch.tensor([[0., 0], [w, 0], [0, h], [w, h]]), canvas_size=(h, w))
 
+# %% ../../nbs/02_data/05f_interop.ipynb #76f548a6
 def matrix_of(
     before, # `(4, 2)` points
     after,  # `(4, 2)`, where they are now
@@ -69,6 +71,7 @@ def to_target(
         out['masks'] = tv_tensors.Mask(torch.cat([masks, nothing]))
     return out
 
+# %% ../../nbs/02_data/05f_interop.ipynb #a0313110
 def from_target(
     results:dict, # of a pipeline: what is not an object is kept
     image,        # `(3, H, W)`
@@ -144,6 +147,16 @@ def build_albu(
     if 'transforms' in cfg: cfg['transforms'] = [build_albu(t, library) for t in cfg['transforms']]
     return getattr(library, kind)(**cfg)
 
+def box_params(
+    cfg,     # `bbox_params` of a zoo config, or None
+    library, # the module
+):           # albumentations' `BboxParams`
+    "How boxes are given; each carries its number, so that its label and mask are found again."
+    cfg = dict(cfg or dict(type='BboxParams', format='pascal_voc'), label_fields=['number'])
+    cfg.pop('filter_lost_elements', None)  # the zoo's own word, for what is always done here
+    return build_albu(cfg, library)
+
+# %% ../../nbs/02_data/05f_interop.ipynb #faf9fc80
 @PIPELINES.register_module()
 class Albu:
     "Transforms of albumentations as one step (without a matrix: albumentations does not tell)."
@@ -158,9 +171,8 @@ class Albu:
             raise ImportError('Albu needs albumentations, which is not installed: '
                               'pip install albumentations, or use the steps of this project.')
         library = importlib.import_module('albumentations')
-        params = bbox_params or dict(type='BboxParams', format='pascal_voc')
-        params = build_albu(dict(params, label_fields=['number']), library)
-        self.aug = library.Compose([build_albu(t, library) for t in transforms], bbox_params=params)
+        steps = [build_albu(t, library) for t in transforms]
+        self.aug = library.Compose(steps, bbox_params=box_params(bbox_params, library))
         self.keymap = ALBU_NAMES if keymap is None else keymap
         self.update_pad_shape,self.skip_img_without_anno = update_pad_shape,skip_img_without_anno
 
@@ -183,6 +195,7 @@ def albu_input(
     if 'gt_masks' in results: out['gt_masks'] = [m.numpy() for m in plain(results['gt_masks'])]
     return out
 
+# %% ../../nbs/02_data/05f_interop.ipynb #336f8505
 def albu_output(
     results:dict, # what went in
     done:dict,    # what came out, under our names

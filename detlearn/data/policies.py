@@ -48,33 +48,18 @@ def adjusted(
 # %% ../../nbs/02_data/05d_policies.ipynb #b4655769
 @PIPELINES.register_module()
 class ColorTransform(LevelColour):
-    "More or less colourful."
-    def adjust(self,
-        image,        # `(3, H, W)` uint8, or float 0 to 1
-        factor:float, # see `factor_of`
-    )->Tensor:        # of the same kind
-        "Towards grey, or away from it."
-        return F.adjust_saturation(image, factor)
+    "Towards grey, or away from it."
+    adjust = staticmethod(F.adjust_saturation)
 
 @PIPELINES.register_module()
 class BrightnessTransform(LevelColour):
-    "Brighter or darker."
-    def adjust(self,
-        image,        # `(3, H, W)` uint8, or float 0 to 1
-        factor:float, # see `factor_of`
-    )->Tensor:        # of the same kind
-        "Towards black, or away from it."
-        return F.adjust_brightness(image, factor)
+    "Towards black, or away from it."
+    adjust = staticmethod(F.adjust_brightness)
 
 @PIPELINES.register_module()
 class ContrastTransform(LevelColour):
-    "More or less contrast."
-    def adjust(self,
-        image,        # `(3, H, W)` uint8, or float 0 to 1
-        factor:float, # see `factor_of`
-    )->Tensor:        # of the same kind
-        "Towards the mean grey, or away from it."
-        return F.adjust_contrast(image, factor)
+    "Towards the mean grey, or away from it."
+    adjust = staticmethod(F.adjust_contrast)
 
 # %% ../../nbs/02_data/05d_policies.ipynb #dd2e4401
 @PIPELINES.register_module()
