@@ -160,6 +160,7 @@ def box_params(
 @PIPELINES.register_module()
 class Albu:
     "Transforms of albumentations as one step (without a matrix: albumentations does not tell)."
+    specs = 'transforms','bbox_params'  # stay dicts: their names are albumentations', not ours
     def __init__(self,
         transforms:list,                    # transforms of albumentations, or dicts
         bbox_params=None,                   # dict, e.g. `dict(type='BboxParams', format='pascal_voc')`

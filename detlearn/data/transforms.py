@@ -179,8 +179,12 @@ class LoadAnnotations:
         poly2mask:bool=True,    # False: polygons become pixels all the same, with a warning
         denorm_bbox:bool=False, # boxes in the file are shares of width and height
         file_client_args=None,  # None or `dict(backend='disk')`
+        normed_bbox=None,       # an older name of `denorm_bbox`, which one config of the zoo still writes
     ):
         check_client(file_client_args)
+        if normed_bbox is not None:
+            warnings.warn('LoadAnnotations: normed_bbox is an older name; write denorm_bbox.')
+            denorm_bbox = normed_bbox
         if not poly2mask: warnings.warn('poly2mask=False: polygons are turned into pixels all the same.')
         self.with_bbox,self.with_label,self.with_mask = with_bbox,with_label,with_mask
         self.with_seg,self.denorm_bbox = with_seg,denorm_bbox
