@@ -9,7 +9,6 @@ __all__ = ['factor_of', 'LevelColour', 'adjusted', 'ColorTransform', 'Brightness
 # %% ../../nbs/02_data/05d_policies.ipynb #28d66aac
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from ..core.registry import PIPELINES
