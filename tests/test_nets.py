@@ -38,6 +38,9 @@ SMALL = dict(
     TridentResNet=[dict(depth=50, num_branch=3, test_branch_idx=-1, trident_dilations=(1, 2, 3), num_stages=3, strides=(1, 2, 2), dilations=(1,)*3, out_indices=(2,), base_channels=8)],
     DetectoRS_ResNet=[dict(depth=50, conv_cfg=dict(type='ConvAWS'), sac=dict(type='SAC', use_deform=True), stage_with_sac=(False, True), **two)],
     DetectoRS_ResNeXt=[dict(depth=50, groups=2, **two)], TorchvisionBackbone=[dict(name='mobilenet_v3_small')])
+PLUGINS = dict(ContextBlock=dict(in_channels=16, ratio=.25), NonLocal2d=dict(in_channels=16), GeneralizedAttention=dict(in_channels=16, num_heads=2), DropBlock=dict(drop_prob=.1, block_size=3),
+    SELayer=dict(channels=16, ratio=4), CBAM=dict(in_channels=16), DyReLU=dict(channels=16), ASPP=dict(in_channels=16, out_channels=8), RFB=dict(in_channels=16),
+    SPPBottleneck=dict(in_channels=16, out_channels=16), ConvModule=dict(in_channels=16, out_channels=8, kernel_size=3, norm_cfg=dict(type='BN')), CrissCrossAttention=dict(in_channels=16))
 SIZE, ODD = (64, 96), (65, 91)
 HALVES_EXACTLY = {'FPG'}                           # necks that need sizes which halve exactly, as in the zoo
 BY_IMAGE_ALONE = {'RFP'}                           # its input holds the image and the maps of a backbone
@@ -52,7 +55,9 @@ def nets():
     for case in (p.values[0] for p in CASES): first.setdefault(case['config']['type'], case) if case['kind'] in ('neck', 'plugin') else None
     for registry, cls in [(r, c) for r in (NECKS, PLUGIN_LAYERS) for c in dict.fromkeys(r.values())]:
         case = first.get(cls.__name__)
-        if case: yield pytest.param(lambda c=case, r=registry: r.build(settings(c['config'])), [tuple(i['shape']) for i in case['inputs']], False, id=cls.__name__)
+        if registry is PLUGIN_LAYERS and cls.__name__ in PLUGINS: yield pytest.param(lambda c=cls: c(**PLUGINS[c.__name__]), [(2, 16, 16, 24)], True, id=cls.__name__)
+        elif case is None: yield pytest.param(None, [], False, id=cls.__name__)
+        else: yield pytest.param(lambda c=case, r=registry: r.build(settings(c['config'])), [tuple(i['shape']) for i in case['inputs']], False, id=cls.__name__)
 
 
 each = pytest.mark.parametrize('make,shapes,image', list(nets()))
@@ -60,7 +65,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 def build(make):
-    assert make, 'a backbone without small settings: add them to SMALL'
+    assert make, 'a part without small settings: add them to SMALL or PLUGINS'
     torch.manual_seed(0)
     return calm(make()).eval()
 
@@ -120,7 +125,7 @@ def test_image_alone_in_a_batch_and_in_another_layout(make, shapes, image):
 @each
 def test_any_size_and_half_precision(make, shapes, image, request):
     name, net = request.node.callspec.id.split('-')[0], build(make)
-    if image: odd = inputs(shapes, image, lambda s: (1, 3, *ODD))
+    if image: odd = inputs(shapes, image, lambda s: (1, s[1], *(ODD if s[1] == 3 else (13, 19))))
     elif name in HALVES_EXACTLY | BY_IMAGE_ALONE: odd = inputs(shapes, image, lambda s: (1, *s[1:]))
     else: odd = tuple(torch.randn(1, s[1], -(-33*s[2]//shapes[0][2]), -(-45*s[2]//shapes[0][2])) for s in shapes)
     with torch.no_grad(): assert all(o.isfinite().all() for o in live(net(odd)))
@@ -142,6 +147,61 @@ def test_norms_fold_away(make, shapes, image):
     standardised = any(type(m).__name__ == 'ConvAWS' for m in net.modules())   # its stored weights are not what it uses
     assert left(fused) < left(net) or left(net) == 0 or standardised
     same(fused(x), net(x), 1e-3)
+
+
+class Pair(torch.nn.Module):
+    "A backbone with a neck, as a detector has them."
+    def __init__(self, backbone, *necks):
+        super().__init__()
+        self.backbone, self.necks = backbone, torch.nn.Sequential(*necks)
+
+    def forward(self, image): return self.necks(self.backbone(image))
+
+
+def pairs():
+    resnet, light, swin = (lambda: ResNet(18, base_channels=8)), BACKBONES['EfficientNetLite'], BACKBONES['SwinTransformer']
+    yield 'ResNet-FPN', lambda: Pair(resnet(), NECKS['FPN']([8, 16, 32, 64], 16, 5))
+    yield 'ResNet-FPN-BFP-DyHead', lambda: Pair(resnet(), NECKS['FPN']([8, 16, 32, 64], 16, 5), NECKS['BFP'](16, 5), NECKS['DyHead'](16, 16, 1))
+    yield 'Lite-PAFPN', lambda: Pair(light(out_indices=(3, 4, 5)), NECKS['PAFPN']([40, 112, 320], 16, 4, add_extra_convs='on_output'))
+    yield 'Swin-ChannelMapper', lambda: Pair(swin(**SMALL['SwinTransformer'][0]), NECKS['ChannelMapper']([8, 16], 16, num_outs=3))
+    yield 'CSPDarknet-YOLOXPAFPN', lambda: Pair(BACKBONES['CSPDarknet'](deepen_factor=.1, widen_factor=.125), NECKS['YOLOXPAFPN']([32, 64, 128], 16, 1))
+
+
+@pytest.mark.parametrize('make', [p for _, p in pairs()], ids=[n for n, _ in pairs()])
+@torch.no_grad()
+def test_backbone_with_neck(make):
+    net, image = build(make), torch.randn(2, 3, *SIZE)
+    want = net(image)
+    torch._dynamo.reset()
+    same(torch.compile(net, fullgraph=True, backend='eager')(image), want)
+    same(torch.export.export(net, (image,), strict=False).module()(image), want)
+    same(fuse_conv_bn(net, image)(image), want, 1e-3)
+
+
+FAMILY = ('ResNet', 'ResNetV1d', 'ResNeXt', 'Res2Net', 'ResNeSt', 'RegNet', 'DetectoRS_ResNet', 'DetectoRS_ResNeXt', 'TridentResNet')
+
+
+@pytest.mark.parametrize('name', FAMILY)
+def test_plugins_in_every_place_deformed_and_saved(name):
+    "Each place has its plug-in, each stage its offsets; saving memory changes neither maps nor gradients."
+    kw = {**SMALL[name][0], **({} if name == 'RegNet' else dict(depth=50)), 'norm_eval': False}
+    if name == 'ResNetV1d': kw.update(two)
+    n = len(BACKBONES[name](**kw).res_layers)
+    kw.update(out_indices=(n-1,), plugins=[dict(cfg=dict(type='CBAM', ratio=4, postfix=str(i)), position=f'after_conv{i}') for i in (1, 2, 3)],
+              dcn=dict(type='DCNv2'), stage_with_dcn=tuple(i == 1 for i in range(n)))
+    for k in ('sac', 'stage_with_sac'): kw.pop(k, None)
+    found = []
+    for saved in (False, True):
+        torch.manual_seed(0)
+        net = BACKBONES[name](**kw, with_cp=saved).train()
+        image = torch.randn(2, 3, *SIZE, requires_grad=True)
+        outs = live(net(image))
+        sum(o.pow(2).mean() for o in outs).backward()
+        assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+        found.append([*outs, image.grad])
+    blocks = [m for m in net.modules() if hasattr(m, 'behind')]
+    assert all(sorted(b.behind) == [1, 2, 3] for b in blocks) and any(hasattr(m, 'conv_offset') for m in net.modules())
+    same(*found)
 
 
 @pytest.mark.parametrize('cls', list(dict.fromkeys(BACKBONES.values())), ids=lambda c: c.__name__)
