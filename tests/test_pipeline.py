@@ -7,9 +7,12 @@ import copy, json, warnings
 import numpy as np
 import pytest
 import torch
+from torchvision import tv_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from detlearn.core.registry import PIPELINES
-from detlearn.core.shapes import ToyShapes
+from detlearn.core.shapes import ToyShapes, to_coco
+from detlearn.data.affine import warp
+from detlearn.data.loader import build_dataloader, build_dataset
 from detlearn.data.strip import toy_sample
 from detlearn.data.transforms import move_boxes, plain
 
@@ -41,6 +44,11 @@ ONE_PHOTO = COLOUR + STRAIGHT + SLANTED
 name = lambda cfg: '-'.join(str(v) for v in cfg.values() if isinstance(v, (str, tuple, int)))[:60]
 every = pytest.mark.parametrize('cfg', ONE_PHOTO, ids=name)
 geometric = pytest.mark.parametrize('cfg', STRAIGHT + SLANTED, ids=name)
+
+
+def resolved_config(name):
+    from test_zoo import resolved
+    return copy.deepcopy(resolved(name))
 
 
 def numbered(i):
@@ -120,6 +128,36 @@ def test_there_and_back(cfg):
         masks = plain(before['gt_masks'])[out['gt_labels']][:, y.clamp(0, 79), x.clamp(0, 95)]*known
         wrong = ((masks != plain(out['gt_masks'])) & clear).sum()
         assert not wrong, f'{cfg["type"]}: {wrong} pixels of masks are not where the matrix says'
+
+
+KEEPS_PIXELS = [c for c in STRAIGHT if c['type'] in ('RandomFlip', 'Pad', 'RandomCrop', 'MinIoURandomCrop', 'Expand', 'RandomCenterCropPad', 'RandomShift', 'Translate')]
+
+
+@pytest.mark.parametrize('cfg', KEEPS_PIXELS + [dict(type='Resize', img_scale=(192, 160)), dict(type='Resize', img_scale=(288, 160), keep_ratio=False)], ids=name)
+def test_masks_come_back(cfg):
+    "Through the inverse matrix a mask is what it was, wherever the photo can still be seen."
+    for i in range(6):
+        before = numbered(i); out = run(cfg, i, before)
+        if out is None: continue
+        back = torch.linalg.inv(out['matrix'])
+        seen = plain(warp(tv_tensors.Mask(torch.ones(1, *out['img'].shape[-2:], dtype=torch.uint8)), back, (80, 96)))[0]
+        again = plain(warp(out['gt_masks'], back, (80, 96)))
+        assert torch.equal(again, plain(before['gt_masks'])[out['gt_labels']]*seen), cfg['type']
+
+
+def test_proposals_reach_the_batch(tmp_path):
+    "The zoo's pipeline of Fast R-CNN, from a proposal file to a batch."
+    files = to_coco(TOYS, tmp_path)
+    np.savez(tmp_path/'p.npz', *[t['boxes'].numpy() for t in TOYS])
+    cfg = resolved_config('fast_rcnn/fast_rcnn_r50_fpn_1x_coco.py')
+    train = dict(cfg['data']['train'], ann_file=str(files), img_prefix=str(tmp_path/'images'), proposal_file=str(tmp_path/'p.npz'), classes=None)
+    train.pop('data_root', None)
+    loader = build_dataloader(build_dataset(train), 3, 0, seed=0)
+    batch = next(iter(loader))
+    proposals = batch.extras['proposals']
+    assert proposals.shape[::2] == (3, 4)
+    for b, (boxes, real) in enumerate(zip(batch.gt.boxes, batch.gt.real)):      # they were the objects, and have gone the same way
+        torch.testing.assert_close(proposals[b, :int(real.sum())], boxes[real], atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize('cfg', MIXED, ids=name)
