@@ -263,3 +263,14 @@ def test_the_zoos_schedule():
     cfg = dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=.001, step=[8, 11])
     at = lambda it: lr_at(cfg, .02, it//7330, it, 12, 12*7330)
     assert [at(i) for i in (0, 49, 499, 500, 8*7330-1, 8*7330, 11*7330)] == pytest.approx([2e-5, .02*(.001+.999*49/500), .02*(.001+.999*499/500), .02, .02, .002, .0002])
+
+
+def test_load_from_lets_class_rows_follow_their_names(tmp_path):
+    "`load_from` of a run knows the classes of the data and those of the file."
+    def head(n, value): net = nn.ModuleDict(dict(fc_cls=nn.Linear(4, n+1))); nn.init.constant_(net['fc_cls'].weight, value); return net
+    old = head(3, 1.); old['fc_cls'].weight.data[1] = 7.
+    save_checkpoint(tmp_path/'old.pth', old, meta=dict(CLASSES=('cat', 'dog', 'bird'), iter=0))
+    run = EpochBasedRunner(head(2, 0.), None, tmp_path/'w', dict(CLASSES=('fox', 'dog')), 1, logger=(said := []).append)
+    report = run.load_checkpoint(tmp_path/'old.pth')
+    assert run.model['fc_cls'].weight[:, 0].tolist() == [0., 7., 1.]           # fox is new, dog is taken over, background is the last row
+    assert report.rows == {'fc_cls.weight': ['dog'], 'fc_cls.bias': ['dog']} and any('rows of 1 of 2 classes are taken over by name: dog' in s for s in said)

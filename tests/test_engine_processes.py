@@ -252,6 +252,36 @@ def test_processes_accumulate_as_one(tmp_path, kind, whole):
     for at in (4, 5, 6): assert torch.equal(run(2, f'back{at}', tmp_path/'two'/f'iter_{at}.pth'), two)
 
 
+SICK = '''
+import sys, torch
+from detlearn.core.structures import Batch, GroundTruth
+from detlearn.engine.diagnosis import NaNTracerHook
+from detlearn.engine.distributed import init_dist, build_ddp
+from detlearn.engine.hooks import OptimizerHook
+from detlearn.engine.loop import ToyNet, toy_loader
+from detlearn.engine.runner import EpochBasedRunner
+from detlearn.losses.reduce import reduce_mean
+rank,world = init_dist()
+class Net(ToyNet):
+    def forward(self, images, gt): n = reduce_mean(torch.tensor(float(len(images)))); return {k: v/n for k,v in super().forward(images, gt).items()}
+batches = list(toy_loader(16, noise=0, shuffle=False))
+if rank == 1: batches[2].images[1, 0, 0, 0] = float('nan')
+net = build_ddp(Net(dropout=0)); run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .1), sys.argv[1], {}, 1, logger=lambda t: None)
+for h in (OptimizerHook(), NaNTracerHook()): run.register_hook(h)
+try: run.run(batches); print('no error')
+except FloatingPointError as e: print(e)
+torch.distributed.destroy_process_group()
+'''
+
+
+def test_a_nan_in_one_of_two_processes(tmp_path):
+    "Losses share a normaliser, so a process that traced alone would wait for ever for the other."
+    healthy, sick = launch(2, SICK, tmp_path, timeout=60)
+    assert 'not finite in another process' in healthy
+    assert 'the loss of iteration 3 is not finite. first not finite: input of a (Linear)' in sick and 'Images 8.jpg' in sick and 'nan_iter_3_process_1.pth' in sick
+    assert [f.name for f in tmp_path.glob('nan_*')] == ['nan_iter_3_process_1.pth']
+
+
 def test_torchrun_restarts_a_killed_process(tmp_path, one):
     script = tmp_path/'train.py'; script.write_text(TRAIN); folder = tmp_path/'run'; folder.mkdir()
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--max-restarts', '2', '--monitor-interval', '0.1',

@@ -249,7 +249,8 @@ def begin_from(
     if path:
         runner.resume(path)
         return
-    if cfg.get('load_from'): runner.load_checkpoint(cfg['load_from'])
+    if cfg.get('load_from'):
+        with first_here(): runner.load_checkpoint(cfg['load_from'])
     if cfg.get('auto_resume'): runner.say(f"nothing to resume in {cfg['work_dir']}: training begins at the beginning.")
     old = find_latest(cfg['work_dir']) if cfg.get('work_dir') else None
     if old: runner.say(f'{old} is from an earlier run: this one begins anew, and takes over the folder. (To go on there: --resume.)')

@@ -8,7 +8,9 @@ __all__ = ['Culprit', 'tensors_in', 'first_bad', 'Trace', 'watch_module', 'trace
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #e578d26c
 import warnings, zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +19,7 @@ from ..core.structures import GroundTruth
 from ..detectors.single_stage import parse_losses
 from .checkpoints import atomic_write, capture_rng, plain, restore_rng, weights_of
 from .hooks import Hook
+from .runner import anybody, get_dist_info
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #31af85db
 @dataclass
@@ -91,12 +94,13 @@ def watch_module(
 def trace_step(
     model,   # gives losses for `(images, gt)`
     batch,   # `Batch` on its device
+    precision=nullcontext, # what the losses are computed in, as in the runner
 ):           # `Culprit`, or None
     "One forward and backward pass under watch; gradients are thrown away."
     kept = [p.grad for p in model.parameters()]
     with Trace(model) as trace, warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Full backward hook is firing')
-        total,log = parse_losses(model(batch.images, batch.gt))
+        with precision(): total,log = parse_losses(model(batch.images, batch.gt))
         for k,v in log.items(): trace.blame(k, model, 'value', v)
         if trace.culprit is None: total.backward()
     for p,g in zip(model.parameters(), kept):
@@ -113,7 +117,8 @@ def save_bundle(
     "All that is needed to run this step again."
     b = runner.batch
     gt = {k: v for k,v in vars(b.gt).items() if torch.is_tensor(v)}
-    at = dict(iter=runner.iter+1, lr=runner.optimizer.param_groups[0]['lr'], metas=b.metas)
+    dtype = next((str(a).removeprefix('torch.') for a in getattr(runner.precision, 'args', ()) if isinstance(a, torch.dtype)), None)
+    at = dict(iter=runner.iter+1, lr=runner.optimizer.param_groups[0]['lr'], metas=b.metas, autocast=dtype)
     with atomic_write(path) as temp:
         torch.save(plain(dict(at, weights=weights_of(runner.model), images=b.images, gt=gt, rng=rng)), temp)
     return Path(path)
@@ -127,8 +132,10 @@ def replay_bundle(
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state['weights'])
     batch = Batch(state['images'], GroundTruth(**state['gt']), state['metas'])
+    device = next(model.parameters()).device
+    precision = partial(torch.autocast, device.type, getattr(torch, state['autocast'])) if state.get('autocast') else nullcontext
     restore_rng(state['rng'])
-    return trace_step(model.train(), batch.to(next(model.parameters()).device)),batch,state
+    return trace_step(model.train(), batch.to(device), precision),batch,state
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #3fe0bea9
 @HOOKS.register_module()
@@ -144,11 +151,14 @@ class NaNTracerHook(Hook):
         self.rng = capture_rng()
 
     def after_train_iter(self, runner):
-        "Look."
-        if runner.outputs['loss'].isfinite(): return
-        path = save_bundle(Path(self.out_dir or runner.work_dir)/f'nan_iter_{runner.iter+1}.pth', runner, self.rng)
+        "Look; of several processes all run the step again, since their losses share normalisers."
+        bad,(rank,world) = not runner.outputs['loss'].isfinite(),get_dist_info()
+        if not anybody(bad): return
+        name = f'nan_iter_{runner.iter+1}{f"_process_{rank}" if world > 1 else ""}.pth'
+        if bad: path = save_bundle(Path(self.out_dir or runner.work_dir)/name, runner, self.rng)
         restore_rng(self.rng)
-        culprit = trace_step(getattr(runner.model, 'module', runner.model), runner.batch)
+        culprit = trace_step(getattr(runner.model, 'module', runner.model), runner.batch, runner.precision)
+        if not bad: raise FloatingPointError(f'the loss of iteration {runner.iter+1} is not finite in another process: see its message.')
         names = ', '.join(str(m.get('filename', '?')) for m in runner.batch.metas or []) or 'unknown'
         lr,norm = runner.optimizer.param_groups[0]['lr'],runner.log_buffer.average(1).get('grad_norm')
         raise FloatingPointError(f'the loss of iteration {runner.iter+1} is not finite. '

@@ -181,8 +181,9 @@ class BaseRunner:
     def load_checkpoint(self,
         path, # weights, see `read_weights`
     )->object:
-        "Weights alone; the report is printed."
-        report = load_checkpoint(self.model, path); self.say(f'{path}: {report}')
+        "Weights alone, rows of classes by their names; the report is printed."
+        report = load_checkpoint(self.model, path, self.meta.get('CLASSES')); self.say(f'{path}: {report}')
+        for name,kept in report.rows.items(): self.say(f'{name}: rows of {len(kept)} of {len(self.meta["CLASSES"])} classes are taken over by name: {", ".join(map(str, kept[:5]))}')
         return report
 
     def resume(self,
