@@ -7,7 +7,7 @@ __all__ = ['Culprit', 'tensors_in', 'first_bad', 'Trace', 'watch_module', 'trace
            'NaNTracerHook', 'Checksums', 'checksum', 'run_twice', 'check_determinism']
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #e578d26c
-import warnings, zlib
+import copy, warnings, zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,7 @@ class Trace:
 
     def __exit__(self, *error): [h.remove() for h in self.handles]
 
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #f632d57a
 def watch_module(
     trace,  # `Trace`
     name:str, # of the module
@@ -123,6 +124,7 @@ def save_bundle(
         torch.save(plain(dict(at, weights=weights_of(runner.model), images=b.images, gt=gt, rng=rng)), temp)
     return Path(path)
 
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #3fe0bea9
 def replay_bundle(
     path,   # from `save_bundle`
     model,  # of the same kind; it takes the weights
@@ -137,7 +139,7 @@ def replay_bundle(
     restore_rng(state['rng'])
     return trace_step(model.train(), batch.to(device), precision),batch,state
 
-# %% ../../nbs/14_engine/16_diagnosis.ipynb #3fe0bea9
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #61ea045c
 @HOOKS.register_module()
 class NaNTracerHook(Hook):
     "Stop at the first loss that is not finite, say which module made it, and keep the step in a file."
@@ -157,7 +159,8 @@ class NaNTracerHook(Hook):
         name = f'nan_iter_{runner.iter+1}{f"_process_{rank}" if world > 1 else ""}.pth'
         if bad: path = save_bundle(Path(self.out_dir or runner.work_dir)/name, runner, self.rng)
         restore_rng(self.rng)
-        culprit = trace_step(getattr(runner.model, 'module', runner.model), runner.batch, runner.precision)
+        alone = copy.deepcopy(runner.model.module) if hasattr(runner.model, 'module') else runner.model   # its gradients are nobody else's
+        culprit = trace_step(alone, runner.batch, runner.precision)
         if not bad: raise FloatingPointError(f'the loss of iteration {runner.iter+1} is not finite in another process: see its message.')
         names = ', '.join(str(m.get('filename', '?')) for m in runner.batch.metas or []) or 'unknown'
         lr,norm = runner.optimizer.param_groups[0]['lr'],runner.log_buffer.average(1).get('grad_norm')
@@ -188,13 +191,14 @@ class Checksums(TorchDispatchMode):
         "Take the hooks off."
         for h in self.handles: h.remove()
 
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #a31d37ca
 def checksum(
     t, # tensor
 )->int:
     "Equal for equal bits."
     return zlib.crc32(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
-# %% ../../nbs/14_engine/16_diagnosis.ipynb #a31d37ca
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #cbbb1a7a
 def run_twice(
     make,        # `make()` gives a fresh model and its optimizer
     batches,     # list of `Batch`
@@ -212,6 +216,7 @@ def run_twice(
         runs.append(rows)
     return tuple(runs)
 
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #4c3a6b0b
 def check_determinism(
     make,        # `make()` gives a fresh model and its optimizer
     batches,     # list of `Batch`; five are enough
