@@ -67,9 +67,8 @@ class TridentBottleneck(Bottleneck):
         for i,(conv,norm) in enumerate(self.steps, 1):
             y = self.conv2(y, branch) if i == 2 else getattr(self, conv)(y)
             y = getattr(self, norm)(y)
-            if i < 3: y = F.relu(y, inplace=True)
-            for name in self.behind.get(i, ()): y = getattr(self, name)(y)
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+            y = self.plugged(F.relu(y, inplace=True) if i < 3 else y, i)
+        return F.relu(self.joined(y, x))
 
     def forward(self,
         x,     # `(B, C_in, H, W)`, or a list of such maps
