@@ -150,7 +150,7 @@ def test_a_full_disk(tmp_path, straight):
 # ---- many processes
 
 TRAIN = '''
-import os, signal, sys, torch
+import gc, os, signal, sys, torch
 from pathlib import Path
 from detlearn.core.structures import Batch, GroundTruth
 from detlearn.engine.distributed import init_dist, build_ddp
@@ -178,10 +178,12 @@ class Die(Hook):
     def before_train_iter(self, runner):
         mark = Path(folder)/'died'
         if die == 'die' and rank == 1 and runner.iter == 10 and not mark.exists(): mark.write_text(''); os.kill(os.getpid(), signal.SIGKILL)
-torch.manual_seed(0); net = build_ddp(Counted(dropout=0))
-run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .1, momentum=.9), folder, dict(seed=0), 7, logger=lambda text: None)
-run.register_training_hooks(dict(policy='step', step=[5], warmup='linear', warmup_iters=5), dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False, max_keep_ckpts=2), dict(interval=1, hooks=[dict(type='TextLoggerHook')]))
-run.register_hook(Die()); run.resume('auto'); run.run(batches)
+def train():
+    torch.manual_seed(0); net = build_ddp(Counted(dropout=0))
+    run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .1, momentum=.9), folder, dict(seed=0), 7, logger=lambda text: None)
+    run.register_training_hooks(dict(policy='step', step=[5], warmup='linear', warmup_iters=5), dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False, max_keep_ckpts=2), dict(interval=1, hooks=[dict(type='TextLoggerHook')]))
+    run.register_hook(Die()); run.resume('auto'); run.run(batches)
+train(); gc.collect()                                         # a wrapped model keeps the group: it goes first
 if world > 1: torch.distributed.destroy_process_group()      # its threads end before the process does
 '''
 
