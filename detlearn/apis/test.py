@@ -36,7 +36,8 @@ def with_objects(
         if 'transforms' in s: s = dict(s, transforms=with_objects(s['transforms'], with_mask))
         if kind == 'Collect': s = dict(s, keys=[*s['keys'], *[k for k in keys if k not in s['keys']]])
         out += [dict(type='DefaultFormatBundle'), s] if kind == 'Collect' else [s]
-        if kind.startswith('LoadImage'): out.append(dict(type='LoadAnnotations', with_bbox=True, with_mask=with_mask))
+        if kind.startswith('LoadImage'):
+            out.append(dict(type='LoadAnnotations', with_bbox=True, with_mask=with_mask))
     return out
 
 # %% ../../nbs/15_apis/00_test.ipynb #bb56ea09
@@ -46,7 +47,8 @@ def loader_settings(
 )->dict:        # for `build_dataloader`
     "Batch size and workers, from both places of a config."
     own = dict(data.get(f'{split}_dataloader', {}))
-    for k in ('samples_per_gpu', 'workers_per_gpu', 'persistent_workers', 'prefetch_factor', 'pin_memory'):
+    for k in ('samples_per_gpu', 'workers_per_gpu', 'persistent_workers', 'prefetch_factor',
+              'pin_memory'):
         if k in data: own.setdefault(k, data[k])
     return {'samples_per_gpu': 1, 'workers_per_gpu': 2, **own}
 
@@ -68,7 +70,8 @@ def build_test_loader(
     dist=False,        # several processes: each has its share
 )->DataLoader:         # a loader in order, its photos bring their objects along
     "The loader that a detector is measured on."
-    if split not in data: raise KeyError(f'data has no {split!r}{nearest(split, [k for k in data if isinstance(data[k], (dict, list))])}')
+    if split not in data:
+        raise KeyError(f'data has no {split!r}{nearest(split, [k for k in data if isinstance(data[k], (dict, list))])}')
     photos,(rank,world) = build_dataset(for_testing(data[split], with_mask), dict(test_mode=True)),get_dist_info()
     if dist and len(photos) >= world: photos,dist = torch.utils.data.Subset(photos, range(rank, len(photos), world)),False   # each once
     return build_dataloader(photos, shuffle=False, seed=0, dist=dist, **loader_settings(data, split))
@@ -108,7 +111,9 @@ def detect_all(
     training,device,found,metas,buffer = model.training,next(model.parameters()).device,[],[],LogBuffer()
     buffer.clear(keep=10**9); model.eval()
     for batch,counts in even_batches(progress(loader) if progress else loader):
-        parts,dets = losses_and_boxes(model, batch := batch.to(device), True) if losses else (None, model.simple_test(batch.images, batch.gt.sizes))
+        batch = batch.to(device)
+        if losses: parts,dets = losses_and_boxes(model, batch, True)
+        else: dets = model.simple_test(batch.images, batch.gt.sizes)
         if not counts: continue
         if losses: buffer.update(parse_losses(parts)[1], len(batch.images))
         dets = to_original(dets, batch.metas)
@@ -126,9 +131,13 @@ def measure(
     "AP, and all that it is made of."
     found,metas,losses = detect_all(model, loader, progress=progress)
     data = dataset_of(loader)
-    if not hasattr(data, 'coco'): raise ValueError(f'{type(data).__name__} has no COCO annotations to compare with: measure one data set at a time.')
+    if not hasattr(data, 'coco'):
+        raise ValueError(f'{type(data).__name__} has no COCO annotations to compare with: measure one '
+                         f'data set at a time.')
     results = [r for d,m in zip(found, metas) for r in coco_results(d, m, data.cat_ids)]
-    numbers = evaluator_of(data, logger='silent').numbers(data, results, iou_type) if get_dist_info()[0] == 0 else None       # one process compares
+    # one process compares
+    first = get_dist_info()[0] == 0
+    numbers = evaluator_of(data, logger='silent').numbers(data, results, iou_type) if first else None
     return {**gather_objects(numbers)[0], **losses},results,found
 
 # %% ../../nbs/15_apis/00_test.ipynb #38289610
@@ -150,7 +159,8 @@ class Clock:
         "The price so far; of several processes the sum of CPU seconds, and the largest memory."
         each = gather_objects((cpu_seconds()-self.cpu, peak_memory(device)))
         peak = max((p for _,p in each if p is not None), default=None)
-        return dict(seconds=time.time()-self.wall, cpu_seconds=sum(c for c,_ in each), peak_memory=None if peak is None else peak*2**20)
+        return dict(seconds=time.time()-self.wall, cpu_seconds=sum(c for c,_ in each),
+                    peak_memory=None if peak is None else peak*2**20)
 
 # %% ../../nbs/15_apis/00_test.ipynb #3a5a7aa6
 def write_metrics(

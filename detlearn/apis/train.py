@@ -46,8 +46,10 @@ def point_at(
     if isinstance(part, (list, tuple)): return point_at(innermost(part), found, classes)
     if 'dataset' in part: return dict(part, dataset=point_at(part['dataset'], found, classes))
     if 'datasets' in part: return point_at(innermost(part), found, classes)
-    kept = {k: v for k,v in part.items() if k not in ('classes', 'data_root', 'seg_prefix', 'proposal_file')}
-    return dict(kept, type='CocoDataset', ann_file=found['ann_file'], img_prefix=found['img_prefix'], **({} if classes is None else dict(classes=tuple(classes))))
+    kept = {k: v for k,v in part.items() if k not in ('classes', 'data_root', 'seg_prefix',
+                                                      'proposal_file')}
+    return dict(kept, type='CocoDataset', ann_file=found['ann_file'], img_prefix=found['img_prefix'],
+                **({} if classes is None else dict(classes=tuple(classes))))
 
 # %% ../../nbs/15_apis/01_train.ipynb #7f99bb1a
 def set_num_classes(
@@ -57,8 +59,10 @@ def set_num_classes(
 )->list:         # `(path, old)` of each that was changed
     "Give every head the number of classes."
     out = []
-    for k,v in (enumerate(part) if isinstance(part, (list, tuple)) else list(part.items()) if isinstance(part, dict) else ()):
-        if k == 'num_classes' and isinstance(v, int) and v != n: part[k] = n; out.append((f'{path}.{k}', v))
+    rows = enumerate(part) if isinstance(part, (list, tuple)) else ()
+    for k,v in list(part.items()) if isinstance(part, dict) else rows:
+        if k == 'num_classes' and isinstance(v, int) and v != n:
+            part[k] = n; out.append((f'{path}.{k}', v))
         elif k not in ('semantic_head', 'backbone'): out += set_num_classes(v, n, f'{path}.{k}')
     return out
 
@@ -72,8 +76,11 @@ def use_data(
     found = find_data(folder, say)
     names = found['train']['classes']
     differ = any(v['classes'] != names for v in found.values())
-    for split,part in found.items(): cfg['data'][split] = point_at(cfg['data'].get(split) or cfg['data']['val'], part, names if differ else None)
-    for path,old in set_num_classes(cfg['model'], len(names)): say(f'{path} {old} -> {len(names)}: {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}')
+    for split,part in found.items():
+        old = cfg['data'].get(split) or cfg['data']['val']
+        cfg['data'][split] = point_at(old, part, names if differ else None)
+    for path,old in set_num_classes(cfg['model'], len(names)):
+        say(f'{path} {old} -> {len(names)}: {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}')
     return found
 
 # %% ../../nbs/15_apis/01_train.ipynb #4e1f4e5a
@@ -87,7 +94,9 @@ def check_classes(
 # %% ../../nbs/15_apis/01_train.ipynb #f22e503e
 def default_device()->torch.device: # the accelerator, or the CPU
     "Where to train, unless told otherwise."
-    if hasattr(torch, 'accelerator'): return torch.accelerator.current_accelerator() or torch.device('cpu') if torch.accelerator.is_available() else torch.device('cpu')
+    if hasattr(torch, 'accelerator'):
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device('cpu')
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../../nbs/15_apis/01_train.ipynb #d4da8c39
@@ -99,9 +108,11 @@ def own_device(
     if get_dist_info()[1] == 1 or device.type == 'cpu': return device
     local,there = int(os.environ.get('LOCAL_RANK', 0)),getattr(torch, device.type).device_count()
     if device.index is not None:
-        raise ValueError(f'device={device} would be shared by {get_dist_info()[1]} processes: write device={device.type}, and each takes its own.')
+        raise ValueError(f'device={device} would be shared by {get_dist_info()[1]} processes: write '
+                         f'device={device.type}, and each takes its own.')
     if local >= there:
-        raise ValueError(f'this machine has {there} accelerators, and process {local} on it (from 0) gets none: use --nproc_per_node {there}, or --device cpu.')
+        raise ValueError(f'this machine has {there} accelerators, and process {local} on it (from 0) '
+                         f'gets none: use --nproc_per_node {there}, or --device cpu.')
     return torch.device(device.type, local)
 
 # %% ../../nbs/15_apis/01_train.ipynb #2ff9f04b
@@ -128,7 +139,8 @@ def runner_config(
     "How long to train."
     if 'runner' in cfg: return dict(cfg['runner'])
     if 'total_epochs' in cfg: return dict(type='EpochBasedRunner', max_epochs=cfg['total_epochs'])
-    raise KeyError("the config does not say how long to train: write runner=dict(type='EpochBasedRunner', max_epochs=12)")
+    raise KeyError("the config does not say how long to train: write "
+                   "runner=dict(type='EpochBasedRunner', max_epochs=12)")
 
 # %% ../../nbs/15_apis/01_train.ipynb #1915e0e7
 def scaled_optimizer(
@@ -157,7 +169,9 @@ def custom_hooks_of(
     "`custom_hooks`, checked."
     hooks = list(cfg.get('custom_hooks') or [])
     for h in hooks:
-        if not isinstance(h, dict) or 'type' not in h: raise ValueError(f"custom_hooks has {h!r}: each entry must be dict(type='NAME', ...). On the command line: custom_hooks.0.type=NAME.")
+        if not isinstance(h, dict) or 'type' not in h:
+            raise ValueError(f"custom_hooks has {h!r}: each entry must be dict(type='NAME', ...). On "
+                             f"the command line: custom_hooks.0.type=NAME.")
     return [dict(h) for h in hooks]
 
 # %% ../../nbs/15_apis/01_train.ipynb #f559bd40
@@ -169,9 +183,12 @@ def register_hooks(
 ):
     "Everything around the steps."
     custom = custom_hooks_of(cfg)
-    if 'NumClassCheckHook' not in [h.get('type') for h in custom]: custom.append(dict(type='NumClassCheckHook'))
-    runner.register_training_hooks(cfg.get('lr_config'), gradient_settings(cfg), cfg.get('checkpoint_config'),
-                                   cfg.get('log_config'), cfg.get('momentum_config'), custom_hooks_config=custom)
+    if 'NumClassCheckHook' not in [h.get('type') for h in custom]:
+        custom.append(dict(type='NumClassCheckHook'))
+    runner.register_training_hooks(cfg.get('lr_config'), gradient_settings(cfg),
+                                   cfg.get('checkpoint_config'),
+                                   cfg.get('log_config'), cfg.get('momentum_config'),
+                                   custom_hooks_config=custom)
     if validation is not None:
         how = dict(cfg.get('evaluation') or {}); how.setdefault('by_epoch', runner.by_epoch)
         runner.register_hook((DistEvalHook if distributed else EvalHook)(validation, **how))
@@ -199,20 +216,24 @@ def train_detector(
 )->object:                   # the runner, after its run
     "Train a detector as a config says."
     if distributed and not torch.distributed.is_initialized():
-        raise ValueError('distributed=True needs several processes: start them with torchrun, and call init_dist() first.')
+        raise ValueError('distributed=True needs several processes: start them with torchrun, and call '
+                         'init_dist() first.')
     datasets = list(dataset) if isinstance(dataset, (list, tuple)) else [dataset]
     check_classes(model, datasets[0])
     settings,seed = loader_settings(cfg['data'], 'train'),cfg.get('seed')
     how = runner_config(cfg)
-    loaders = [build_dataloader(d, seed=seed, dist=distributed, runner_type=how['type'], **settings) for d in datasets]
+    loaders = [build_dataloader(d, seed=seed, dist=distributed, runner_type=how['type'], **settings)
+               for d in datasets]
     model = place_model(prepare(model, cfg), cfg.get('device'))
     if distributed: model = build_ddp(model, cfg.get('find_unused_parameters', False))
     photos = settings['samples_per_gpu'] * (get_dist_info()[1] if distributed else 1)
     optimizer = build_optimizer(model, scaled_optimizer(cfg, photos))
-    runner = build_runner(how, dict(model=model, optimizer=optimizer, work_dir=cfg.get('work_dir'), meta=meta))
+    runner = build_runner(how, dict(model=model, optimizer=optimizer, work_dir=cfg.get('work_dir'),
+                                    meta=meta))
     if timestamp: runner.timestamp = timestamp
     runner.resume_hint = cfg.get('resume_hint', runner.resume_hint)
-    register_hooks(runner, cfg, build_test_loader(cfg['data'], 'val', dist=distributed) if validate else None, distributed)
+    register_hooks(runner, cfg, build_test_loader(cfg['data'], 'val', dist=distributed) if validate
+                   else None, distributed)
     begin_from(runner, cfg)
     runner.run(loaders, [tuple(w) for w in cfg.get('workflow') or [('train', 1)]])
     return runner
@@ -251,9 +272,12 @@ def begin_from(
         return
     if cfg.get('load_from'):
         with first_here(): runner.load_checkpoint(cfg['load_from'])
-    if cfg.get('auto_resume'): runner.say(f"nothing to resume in {cfg['work_dir']}: training begins at the beginning.")
+    if cfg.get('auto_resume'):
+        runner.say(f"nothing to resume in {cfg['work_dir']}: training begins at the beginning.")
     old = find_latest(cfg['work_dir']) if cfg.get('work_dir') else None
-    if old: runner.say(f'{old} is from an earlier run: this one begins anew, and takes over the folder. (To go on there: --resume.)')
+    if old:
+        runner.say(f'{old} is from an earlier run: this one begins anew, and takes over the folder. '
+                   f'(To go on there: --resume.)')
 
 # %% ../../nbs/15_apis/01_train.ipynb #94797325
 def keep_config(
@@ -273,7 +297,8 @@ def about(
 )->dict:        # for checkpoints and the log
     "What a checkpoint should say about its making."
     import detlearn
-    return dict(CLASSES=tuple(data.CLASSES), PALETTE=getattr(data, 'PALETTE', None), config=cfg.pretty_text, seed=cfg.get('seed'),
+    return dict(CLASSES=tuple(data.CLASSES), PALETTE=getattr(data, 'PALETTE', None),
+                config=cfg.pretty_text, seed=cfg.get('seed'),
                 detlearn_version=detlearn.__version__, exp_name=Path(cfg.filename).name)
 
 # %% ../../nbs/15_apis/01_train.ipynb #75c8ac2d
@@ -282,12 +307,14 @@ def parts_to_train(
 )->tuple:     # a fresh detector, unless the run is taken up again; data sets, one for each entry of `workflow`
     "Model and data; what the first process of a machine downloads, the others find."
     data,steps = build_dataset(cfg['data']['train']),innermost(cfg['data']['train'])['pipeline']
-    same_everywhere(dict({k: cfg.get(k) for k in ('model', 'optimizer', 'lr_config', 'runner', 'seed')}, photos=len(data)))
+    same_everywhere(dict({k: cfg.get(k) for k in ('model', 'optimizer', 'lr_config', 'runner', 'seed')},
+                         photos=len(data)))
     resumed = where_to_resume(cfg)
     with first_here():
         model = build_detector(cfg['model']); check_classes(model, data)
         if not resumed: model.init_weights()
-    more = [build_dataset(dict(innermost(cfg['data']['val']), pipeline=steps)) for _ in (cfg.get('workflow') or [1])[1:]]
+    more = [build_dataset(dict(innermost(cfg['data']['val']), pipeline=steps))
+            for _ in (cfg.get('workflow') or [1])[1:]]
     return model,[data, *more]
 
 # %% ../../nbs/15_apis/01_train.ipynb #1b7761a5
