@@ -469,7 +469,7 @@ def test_fuzz_archives(tmp_path_factory, members, changes, mode, cut):
     try:
         if mode == 'zip': make_zip(archive, **{m[0]: m[1] for m in members if len(m) == 2})
         else: make_tar(archive, *members, mode=mode)
-    except (ValueError, UnicodeError, OSError): return                            # the packer refuses
+    except (ValueError, UnicodeError, OSError, IndexError): return                # the packer refuses, or fails at an empty name
     data = bytearray(archive.read_bytes())
     for at, value in changes:
         if data: data[at % len(data)] = value

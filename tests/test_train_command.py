@@ -179,4 +179,4 @@ def test_two_configs(tmp_path, toys):
 
 def test_a_wrong_config_is_told(tmp_path, toys):
     p = start(many(2), 'train', 'toy/retinanet_demo', '--data', toys, '--work-dir', tmp_path/'w', '--set', 'model.bbox_head.num_clases=3'); out, _ = p.communicate(timeout=100)
-    assert p.returncode == 1 and "detlearn train: " in out and "did you mean 'num_classes'" in out and str(ROOT) not in out, out        # the tracebacks are torchrun's own
+    assert p.returncode == 1 and "detlearn train: " in out and "did you mean 'num_classes'" in out and str(ROOT/'detlearn') not in out, out        # the tracebacks are torchrun's own
