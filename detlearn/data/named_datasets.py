@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import PurePosixPath
 from ..core.registry import DATASETS
 from .class_names import CITYSCAPES, DEEPFASHION, WIDER_FACE
-from .coco import CocoDataset, read_json
+from .coco import CocoDataset
+from .custom_dataset import read_renamed
 from .voc import XMLDataset
 
 # %% ../../nbs/02_data/03d_named_datasets.ipynb #5bc9a6f7
@@ -53,12 +54,9 @@ class Objects365V2Dataset(CocoDataset):
     def load_annotations(self,
         ann_file, # path of the json
     )->dict:      # images, annotations, categories
-        "COCO's lists with the names of the files."
-        coco = read_json(ann_file)
-        for im in coco.get('images', []) if isinstance(coco, dict) else []:
-            name = im.get('file_name') if isinstance(im, dict) else None
-            if isinstance(name, str): im['file_name'] = str(PurePosixPath(*PurePosixPath(name).parts[-2:]))
-        return coco
+        "`images/v1/patch7/a.jpg` lies as `patch7/a.jpg`."
+        last_two = lambda name: str(PurePosixPath(*PurePosixPath(name).parts[-2:]))
+        return read_renamed(ann_file, lambda im: last_two(im['file_name']) if isinstance(im.get('file_name'), str) else None)
 
 # %% ../../nbs/02_data/03d_named_datasets.ipynb #9ccf4239
 @DATASETS.register_module()
