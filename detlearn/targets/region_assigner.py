@@ -71,6 +71,9 @@ class RegionAssigner(BaseAssigner):
         regions = [middle_region(gt.boxes, r, stride) for r in (self.ignore_ratio, self.center_ratio)]
         own,beside = (offset == 0) & gt.real,(offset.abs() == 1) & gt.real
         G = own.shape[-1]
+        if 2*G + 2 > FARTHEST:
+            raise ValueError(f'{G:,} objects in an image: RegionAssigner numbers at most {FARTHEST//2 - 1:,}. '
+                             f'Cut the image into parts.')
         code = 2*torch.arange(1, 1+G, device=own.device)
         return torch.cat(regions, -2),torch.cat([own*code + beside*(2*G + 2), own*(code + 1)], -1)
 
