@@ -2033,6 +2033,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                         'detlearn.data.samplers.PassSampler.set_epoch': ( '02_data/samplers.html#passsampler.set_epoch',
                                                                                           'detlearn/data/samplers.py'),
                                         'detlearn.data.samplers.by_group': ('02_data/samplers.html#by_group', 'detlearn/data/samplers.py'),
+                                        'detlearn.data.samplers.endless': ('02_data/samplers.html#endless', 'detlearn/data/samplers.py'),
                                         'detlearn.data.samplers.fill': ('02_data/samplers.html#fill', 'detlearn/data/samplers.py'),
                                         'detlearn.data.samplers.flags_of': ('02_data/samplers.html#flags_of', 'detlearn/data/samplers.py'),
                                         'detlearn.data.samplers.world_of': ('02_data/samplers.html#world_of', 'detlearn/data/samplers.py')},

@@ -8,6 +8,7 @@ __all__ = ['warp', 'warp_all', 'touches', 'affine_matrix', 'still_useful', 'Rand
 
 # %% ../../nbs/02_data/04c_affine.ipynb #cef21187
 import math
+from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def warp(
     matrix,      # `(3, 3)`, old to new points, invertible
     size:tuple,  # height, width of the result
     fill=0,      # where nothing comes from: a number, or one a channel
-):               # `(..., *size)`, same kind; masks by nearest pixel, images bilinear
+)->Tensor:       # `(..., *size)`, same kind; masks by nearest pixel, images bilinear
     "An image through a matrix."
     (h,w),(H,W) = image.shape[-2:],size
     fill = list(fill) if isinstance(fill, (tuple, list)) else fill
@@ -52,7 +53,7 @@ def warp_all(
 
 def touches(
     size:tuple, # height, width
-):              # a rule for `keep_objects`
+)->Callable:    # boxes `(G, 4)` to `(G,)` bool, for `keep_objects`
     "Rule: some of the box lies in the image."
     h,w = size
     return lambda b: (b[:, 0] < w) & (b[:, 2] > 0) & (b[:, 1] < h) & (b[:, 3] > 0)

@@ -7,6 +7,7 @@ __all__ = ['deck', 'photos_by_class', 'ClassAwareSampler']
 
 # %% ../../nbs/02_data/06b_class_aware.ipynb #ce229c83
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import islice
 import numpy as np
 from .samplers import DistributedSampler
@@ -15,7 +16,7 @@ from .samplers import DistributedSampler
 def deck(
     items, # array
     draw,  # numpy `Generator`
-):         # yields without an end
+)->Iterator: # of items, without an end
     "Deal a shuffled deck to its end, shuffle, go on."
     while True: yield from draw.permutation(items).tolist()
 

@@ -514,7 +514,7 @@ def as_coco(
 def write_coco(
     coco:dict, # images, annotations, categories; or a data set that has them in `.coco`
     path,      # file to write; its folder is made
-)->'Path':
+)->'Path':  # of the file
     "A COCO file; what is read from it again is the same."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(getattr(coco, 'coco', coco)))

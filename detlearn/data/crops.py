@@ -9,6 +9,7 @@ __all__ = ['OBJECTS', 'CROP_TYPES', 'view', 'shift_matrix', 'through_window', 'p
 
 # %% ../../nbs/02_data/04b_crops.ipynb #7642be9e
 import warnings
+from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def view(
     image,       # `(..., H, W)` tensor
     window,      # x1, y1, x2, y2, whole pixels; may reach beyond the image
     fill=0,      # what is seen there: a number, or one a channel
-):               # `(..., y2-y1, x2-x1)`, same kind
+)->Tensor:       # `(..., y2-y1, x2-x1)`, same kind
     "What is seen through a window."
     (h,w),(x1,y1,x2,y2) = image.shape[-2:],window
     left,top = min(max(x1, 0), w),min(max(y1, 0), h)
@@ -63,7 +64,7 @@ OBJECTS = dict(gt_bboxes=('gt_labels', 'gt_masks'),
 def pick(
     values, # `(G, ...)` tensor
     keep,   # `(G,)` bool, or numbers
-):          # same kind
+)->Tensor:  # `(K, ...)`, same kind
     "Some rows; boxes stay boxes, masks stay masks."
     rows = plain(values)[keep]
     return tv_tensors.wrap(rows, like=values) if isinstance(values, tv_tensors.TVTensor) else rows
@@ -83,7 +84,7 @@ def keep_objects(
 
 def larger_than(
     side:float=0, # pixels
-):                # a rule for `keep_objects`
+)->Callable:      # boxes `(G, 4)` to `(G,)` bool, for `keep_objects`
     "Rule: wider and higher than `side`."
     return lambda boxes: (boxes[:, 2:] - boxes[:, :2] > side).all(-1)
 
@@ -165,7 +166,7 @@ class RandomCrop:
 def draw_window(
     size:tuple,       # height, width of the image
     smallest:float,   # least share of each side
-):                    # x1, y1, x2, y2, or None: too long or too flat
+)->tuple:             # x1, y1, x2, y2, whole pixels; None: too long or too flat
     "A random window that is at most twice as long as wide."
     h,w = size
     cw,ch = np.random.uniform(smallest*w, w),np.random.uniform(smallest*h, h)
@@ -176,7 +177,7 @@ def draw_window(
 
 def centre_inside(
     window, # x1, y1, x2, y2
-):          # a rule for `keep_objects`
+)->Callable: # boxes `(G, 4)` to `(G,)` bool, for `keep_objects`
     "Rule: the centre of the box lies in the window."
     x1,y1,x2,y2 = window
     def rule(boxes):

@@ -7,6 +7,7 @@ __all__ = ['array_in', 'objects_in', 'from_middle', 'CustomDataset', 'federated'
            'LVISV1Dataset']
 
 # %% ../../nbs/02_data/03b_custom_dataset.ipynb #8e6a48b7
+from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 from ..core.registry import DATASETS
@@ -33,7 +34,7 @@ def objects_in(
     ann:dict,    # of a photo
     classes:int, # how many there are
     place:str,   # file and pointer, for the sentence
-):               # yields dicts: bbox, area, category_id (from 1), iscrowd
+)->Iterator:     # of dicts: bbox, area, category_id (from 1), iscrowd
     "The objects of a photo in COCO's form, then those to be ignored."
     for end,crowd in (('', 0), ('_ignore', 1)):
         boxes,labels = array_in(ann, f'bboxes{end}', (4,), place),array_in(ann, f'labels{end}', (), place)

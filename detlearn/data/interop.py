@@ -25,7 +25,7 @@ class Places(tv_tensors.KeyPoints):
 def mirror_places(
     places,    # `Places` `(n, 2)`
     axis:int,  # 0: left-right, 1: upside down
-):             # `Places`
+)->Places:     # `(n, 2)`, on the same canvas
     "`x` becomes `W - x`, or `y` becomes `H - y`."
     out = places.as_subclass(Tensor).clone()
     out[:, axis] = places.canvas_size[1-axis] - out[:, axis]
@@ -37,7 +37,7 @@ F.register_kernel(F.vertical_flip, Places)(lambda places, *args, **kw: mirror_pl
 # %% ../../nbs/02_data/05f_interop.ipynb #7e67a24c
 def probe(
     size:tuple, # height, width
-):              # `Places` `(4, 2)`: three corners to solve for, the fourth to check
+)->Places:      # `(4, 2)`: three corners to solve for, the fourth to check
     "Points that tell what a transform does to places."
     h,w = size
     return Places(torch.tensor([[0., 0], [w, 0], [0, h], [w, h]]), canvas_size=(h, w))
@@ -92,8 +92,7 @@ class FromTorchvision:
     "A `torchvision.transforms.v2` transform as a step of a pipeline."
     def __init__(self,
         transform,         # takes `(image, target)`
-        # keep the matrix up; needs an affine transform and `KeyPoints` (torchvision 0.23)
-        matrix:bool=True,
+        matrix:bool=True,  # keep the matrix up: an affine transform, torchvision 0.23 or later
         min_size:float=0,  # who is not wider and higher than that afterwards goes, pixels
     ): self.transform,self.matrix,self.min_size = transform,matrix,min_size
 
@@ -139,7 +138,7 @@ ALBU_NAMES = dict(img='image', gt_bboxes='bboxes', gt_masks='masks')
 def build_albu(
     cfg,     # a transform of albumentations, or a dict with `type` and, for groups, `transforms`
     library, # the module
-):           # the transform
+)->object:   # the transform
     "One of albumentations' transforms from its config."
     if not isinstance(cfg, dict): return cfg
     cfg = dict(cfg); kind = cfg.pop('type')
@@ -150,7 +149,7 @@ def build_albu(
 def box_params(
     cfg,     # `bbox_params` of a zoo config, or None
     library, # the module
-):           # albumentations' `BboxParams`
+)->object:   # albumentations' `BboxParams`
     "How boxes are given; each carries its number, so that its label and mask are found again."
     cfg = dict(cfg or dict(type='BboxParams', format='pascal_voc'), label_fields=['number'])
     cfg.pop('filter_lost_elements', None)  # the zoo's own word, for what is always done here

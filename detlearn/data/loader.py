@@ -12,6 +12,7 @@ __all__ = ['OBJECT_KEYS', 'mix', 'seeded', 'keys_of', 'EpochSampler', 'SampledEp
 # %% ../../nbs/02_data/07_loader.ipynb #3def32ef
 import bisect, random, traceback, warnings
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np
@@ -35,7 +36,7 @@ def mix(
 @contextmanager
 def seeded(
     seed:int, # 0 to 2^32 - 1
-):            # a context
+)->Iterator:  # one turn: the inside of a `with`
     "Inside, numpy, Python and torch (on the CPU) draw from this seed; outside nothing has happened."
     torch_rng = torch.random.default_generator
     states = np.random.get_state(),random.getstate(),torch_rng.get_state()
@@ -242,7 +243,7 @@ def loaded(
     gt:dict,     # fields of `GroundTruth`
     metas,       # a dict an image
     extras=None, # dict of tensors
-)->LoadedBatch:
+)->LoadedBatch:  # with a `GroundTruth`
     "A batch from its parts."
     return LoadedBatch(images, GroundTruth(**gt), metas, extras)
 

@@ -49,7 +49,7 @@ def number_at(
     row:dict,  # of a table
     key:str,   # of a column
     place:str, # file and row, for the sentence
-)->float:
+)->float:      # finite, below 10^9 in size
     "A number in a table; a comma may stand for the point."
     try: v = float(row[key].replace(',', '.'))
     except ValueError: v = float('nan')

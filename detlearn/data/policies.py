@@ -9,6 +9,7 @@ __all__ = ['factor_of', 'LevelColour', 'adjusted', 'ColorTransform', 'Brightness
 # %% ../../nbs/02_data/05d_policies.ipynb #28d66aac
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from ..core.registry import PIPELINES
@@ -39,7 +40,7 @@ def adjusted(
     image,   # `(3, H, W)` RGB, uint8, or float 0 to 255
     adjust,  # function of torchvision, for uint8 or float 0 to 1
     *args,   # of it
-):           # same dtype and range
+)->Tensor:   # same shape, dtype and range
     "One of torchvision's functions of colour on an image of 0 to 255."
     if image.dtype == torch.uint8: return adjust(image, *args)
     return tv_tensors.wrap(adjust(plain(image)/255, *args)*255, like=image)

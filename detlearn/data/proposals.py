@@ -32,7 +32,7 @@ class ArrayUnpickler(pickle.Unpickler):
     def find_class(self,
         module:str, # where the pickle says the name lives
         name:str,   # of a class or function
-    ):              # it, or `ValueError`
+    )->object:      # what the table has for it, or `ValueError`
         "One of a handful of harmless names."
         if module in ARRAY_MODULES and name in ARRAY_NAMES: return ARRAY_NAMES[name]
         raise ValueError(f'it wants to call {module}.{name}, which boxes do not need')

@@ -91,7 +91,7 @@ def matrix_text(
 def draw_stages(
     stages:list,      # of `after_each`
     side:float=1.9,   # width of a picture, inches
-):                    # the figure
+)->plt.Figure:        # one row of pictures
     "Pictures side by side, each over its matrix."
     tall = max(s['img'].shape[-2]/s['img'].shape[-1] for _,s in stages)
     fig,axs = plt.subplots(1, len(stages), figsize=(side*len(stages), side*tall + .75), squeeze=False)

@@ -63,8 +63,8 @@ class Transpose:
 class ToDataContainer:
     "Accepted: the loader knows what to stack."
     def __init__(self,
-        # dicts with `key`
-        fields=(dict(key='img', stack=True), dict(key='gt_bboxes'), dict(key='gt_labels')),
+        fields=(dict(key='img', stack=True), dict(key='gt_bboxes'),
+                dict(key='gt_labels')),  # dicts with `key`, which must be there
     ): self.fields = fields
     def __call__(self, results):
         lost = [f['key'] for f in self.fields if f['key'] not in results]

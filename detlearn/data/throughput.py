@@ -9,6 +9,7 @@ __all__ = ['Spent', 'step_costs', 'one_photo', 'process_seconds', 'cpu_seconds',
 # %% ../../nbs/02_data/07b_throughput.ipynb #f3f61e8b
 import os, statistics, time
 from collections import defaultdict, namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 import torch
 from PIL import Image
@@ -36,7 +37,7 @@ def step_costs(
 def one_photo(
     dataset, # `CocoDataset` or of its kind
     i:int,   # position of the photo
-):           # pairs: name of a step, milliseconds
+)->Iterator: # of `(name of a step, milliseconds)`; the first is `annotations`
     "A stopwatch around each step."
     begun = time.process_time()
     results = start_of(dataset, i)
@@ -121,7 +122,7 @@ class TorchvisionReference(Dataset):
     def loader(self,
         batch:int,   # images
         workers:int, # processes
-    )->DataLoader:
+    )->DataLoader:   # gives `(images, targets)`
         "A loader as the reference builds it; workers stay, as ours do."
         return DataLoader(self, batch, shuffle=True, num_workers=workers, collate_fn=self.collate,
                           persistent_workers=workers > 0)

@@ -286,7 +286,7 @@ def resized(
     size:tuple,      # height, width
     mode=InterpolationMode.BILINEAR, # for the image; shrinking averages (antialias)
     clip:bool=False, # cut boxes at the border
-)->dict:
+)->dict:             # with the new `img_shape`, `pad_shape` and `matrix`
     "Image, boxes and masks at another size."
     (h,w),(H,W) = results['img'].shape[-2:],size
     out = move(results, torch.diag(torch.tensor([W/w, H/h, 1.])), size, clip)
@@ -441,7 +441,7 @@ def padded(
     image,      # `(..., h, w)` tensor
     size:tuple, # height, width; at least those of the image
     fill=0,     # of the room: a number, or one a channel
-):              # `(..., *size)`, same kind; the image itself where no room is needed
+)->Tensor:      # `(..., *size)`, same kind; the image itself where no room is needed
     "An image with room at the right and at the bottom."
     h,w = image.shape[-2:]
     if (h, w) == tuple(size): return image

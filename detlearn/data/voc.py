@@ -83,7 +83,7 @@ def number_in(
     tag:str,         # of a child that holds a number
     path,            # of the file, for the sentence
     default=None,    # where there is no such child, or it is empty; None: that is an error
-)->float:
+)->float:           # finite, below 10^9 in size
     "The number in a child."
     e = parent.find(tag)
     if default is not None and (e is None or not e.text.strip()): return default
