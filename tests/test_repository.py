@@ -113,6 +113,7 @@ def own_nodes(f):
 def untold(source):
     "What an exported cell does not say: for public functions and methods and for `__init__`, not for what is inside of them."
     told = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    told |= {n+1 for n in told if source.splitlines()[n-1].lstrip().startswith('#')}   # on a line of its own, above
     wanted = lambda name: name == '__init__' or not name.startswith('_')
     for n in ast.parse(source).body:
         if n.__class__ not in (ast.FunctionDef, ast.ClassDef) or n.name.startswith('_'): continue

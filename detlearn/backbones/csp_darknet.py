@@ -33,10 +33,12 @@ class Focus(nn.Module):
         out_channels:int,    # of the output
         kernel_size:int=1,   # of the convolution
         stride:int=1,        # of the convolution, after the halving
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'), # recipes
+        # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
     ):
         super().__init__()
-        self.conv = ConvModule(4*in_channels, out_channels, kernel_size, stride, (kernel_size-1)//2, conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.conv = ConvModule(4*in_channels, out_channels, kernel_size, stride, (kernel_size-1)//2,
+                               conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
 
     def forward(self,
         x, # `(B, C, H, W)`
@@ -59,12 +61,15 @@ class DarknetBottleneck(nn.Module):
         expansion:float=.5,      # channels inside by those of the output
         add_identity:bool=True,  # add the input, if the channels are equal
         use_depthwise:bool=False,# a separable 3×3
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'), # recipes
+        # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
         init_cfg=None,           # start of the weights
     ):
         super().__init__()
-        cfg,inside = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),int(out_channels*expansion)
-        self.conv1,self.conv2 = ConvModule(in_channels, inside, 1, **cfg),conv_kind(use_depthwise)(inside, out_channels, 3, stride=1, padding=1, **cfg)
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        inside = int(out_channels*expansion)
+        self.conv1 = ConvModule(in_channels, inside, 1, **cfg)
+        self.conv2 = conv_kind(use_depthwise)(inside, out_channels, 3, stride=1, padding=1, **cfg)
         self.add_identity,self.init_cfg = add_identity and in_channels == out_channels,init_cfg
 
     def forward(self,
@@ -84,13 +89,18 @@ class CSPLayer(nn.Module):
         num_blocks:int=1,        # in the half that works
         add_identity:bool=True,  # of the blocks
         use_depthwise:bool=False,# of the blocks
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'), # recipes
+        # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
         init_cfg=None,           # start of the weights
     ):
         super().__init__()
-        cfg,c = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),int(out_channels*expand_ratio)
-        self.main_conv,self.short_conv,self.final_conv = ConvModule(in_channels, c, 1, **cfg),ConvModule(in_channels, c, 1, **cfg),ConvModule(2*c, out_channels, 1, **cfg)
-        self.blocks = nn.Sequential(*[DarknetBottleneck(c, c, 1., add_identity, use_depthwise, **cfg) for _ in range(num_blocks)])
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        c = int(out_channels*expand_ratio)
+        self.main_conv = ConvModule(in_channels, c, 1, **cfg)
+        self.short_conv = ConvModule(in_channels, c, 1, **cfg)
+        self.final_conv = ConvModule(2*c, out_channels, 1, **cfg)
+        self.blocks = nn.Sequential(*[DarknetBottleneck(c, c, 1., add_identity, use_depthwise, **cfg)
+                                      for _ in range(num_blocks)])
         self.init_cfg = init_cfg
 
     def forward(self,
@@ -104,8 +114,10 @@ class CSPLayer(nn.Module):
 class CSPDarknet(Freezable):
     "The backbone of YOLOX (Wang et al., 2020; Ge et al., 2021)."
     archs = dict( # in, out, blocks, add_identity, use_spp
-        P5=((64, 128, 3, True, False), (128, 256, 9, True, False), (256, 512, 9, True, False), (512, 1024, 3, False, True)),
-        P6=((64, 128, 3, True, False), (128, 256, 9, True, False), (256, 512, 9, True, False), (512, 768, 3, True, False), (768, 1024, 3, False, True)))
+        P5=((64, 128, 3, True, False), (128, 256, 9, True, False), (256, 512, 9, True, False),
+            (512, 1024, 3, False, True)),
+        P6=((64, 128, 3, True, False), (128, 256, 9, True, False), (256, 512, 9, True, False),
+            (512, 768, 3, True, False), (768, 1024, 3, False, True)))
     def __init__(self,
         arch='P5',                 # `'P5'`: strides to 32; `'P6'`: to 64
         deepen_factor:float=1.,    # factor of the blocks
@@ -115,22 +127,31 @@ class CSPDarknet(Freezable):
         use_depthwise:bool=False,  # separable convolutions
         arch_ovewrite=None,        # rows in place of `arch` (the zoo's spelling)
         spp_kernal_sizes=(5, 9, 13), # windows of the SPP (the zoo's spelling)
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'), # recipes
+        # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
         norm_eval:bool=False,      # batch norms keep their statistics in training
-        init_cfg=dict(type='Kaiming', layer='Conv2d', a=math.sqrt(5), distribution='uniform', mode='fan_in', nonlinearity='leaky_relu'), # start
+        # start
+        init_cfg=dict(type='Kaiming', layer='Conv2d', a=math.sqrt(5), distribution='uniform',
+                      mode='fan_in', nonlinearity='leaky_relu'),
     ):
         super().__init__()
-        if arch not in self.archs: raise ValueError(f'CSPDarknet: arch={arch!r}; choose from {list(self.archs)}')
-        rows,cfg = arch_ovewrite or self.archs[arch],dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        if not set(out_indices) <= set(range(len(rows)+1)): raise ValueError(f'CSPDarknet: out_indices={out_indices}; stages are 0 to {len(rows)}')
-        self.out_indices,self.frozen_stages,self.norm_eval,self.init_cfg = out_indices,frozen_stages,norm_eval,init_cfg
+        if arch not in self.archs:
+            raise ValueError(f'CSPDarknet: arch={arch!r}; choose from {list(self.archs)}')
+        rows = arch_ovewrite or self.archs[arch]
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        if not set(out_indices) <= set(range(len(rows)+1)):
+            raise ValueError(f'CSPDarknet: out_indices={out_indices}; stages are 0 to {len(rows)}')
+        self.out_indices,self.frozen_stages = out_indices,frozen_stages
+        self.norm_eval,self.init_cfg = norm_eval,init_cfg
         wide,self.layers = lambda c: int(c*widen_factor),['stem']
         self.stem = Focus(3, wide(rows[0][0]), 3, **cfg)
         for i,(a,b,n,add,spp) in enumerate(rows, 1):
             half = conv_kind(use_depthwise)(wide(a), wide(b), 3, stride=2, padding=1, **cfg)
             pool = [SPPBottleneck(wide(b), wide(b), spp_kernal_sizes, **cfg)] if spp else []
-            csp = CSPLayer(wide(b), wide(b), num_blocks=max(round(n*deepen_factor), 1), add_identity=add, use_depthwise=use_depthwise, **cfg)
-            self.add_module(f'stage{i}', nn.Sequential(half, *pool, csp)); self.layers.append(f'stage{i}')
+            csp = CSPLayer(wide(b), wide(b), num_blocks=max(round(n*deepen_factor), 1), add_identity=add,
+                           use_depthwise=use_depthwise, **cfg)
+            self.add_module(f'stage{i}', nn.Sequential(half, *pool, csp))
+            self.layers.append(f'stage{i}')
         initialize(self, init_cfg); self.freeze()
 
     def freeze(self):

@@ -18,10 +18,13 @@ class DarknetBlock(nn.Module):
     "1×1 to half of the channels, 3×3 back, plus the input."
     def __init__(self,
         in_channels:int,  # in and out
-        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), act_cfg=dict(type='LeakyReLU', negative_slope=.1), # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), # recipes
+        act_cfg=dict(type='LeakyReLU', negative_slope=.1),           # recipe
     ):
         super().__init__()
-        if in_channels % 2: raise ValueError(f'DarknetBlock: in_channels={in_channels} must be even, half of them are used inside')
+        if in_channels % 2:
+            raise ValueError(f'DarknetBlock: in_channels={in_channels} must be even, half of them are '
+                             'used inside')
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         self.conv1 = ConvModule(in_channels, in_channels//2, 1, **cfg)
         self.conv2 = ConvModule(in_channels//2, in_channels, 3, padding=1, **cfg)
@@ -49,23 +52,29 @@ def darknet_stage(
 @BACKBONES.register_module()
 class Darknet(Freezable):
     "Darknet-53 (Redmon and Farhadi, 2018)."
-    archs = {53: ((1, 2, 8, 8, 4), ((32, 64), (64, 128), (128, 256), (256, 512), (512, 1024)))} # depth: blocks, channels
+    # depth: blocks, channels
+    archs = {53: ((1, 2, 8, 8, 4), ((32, 64), (64, 128), (128, 256), (256, 512), (512, 1024)))}
     def __init__(self,
         depth:int=53,             # the only one there is
         out_indices=(3, 4, 5),    # stages whose maps are given; 0 is the first convolution
         frozen_stages:int=-1,     # the first so many stages are fixed
-        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), act_cfg=dict(type='LeakyReLU', negative_slope=.1), # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), # recipes
+        act_cfg=dict(type='LeakyReLU', negative_slope=.1),           # recipe
         norm_eval:bool=True,      # batch norms keep their statistics in training
         pretrained=None, init_cfg=None, # where weights come from
     ):
         super().__init__()
-        if depth not in self.archs: raise ValueError(f'Darknet: depth={depth}; choose from {sorted(self.archs)}')
-        if not set(out_indices) <= set(range(6)): raise ValueError(f'Darknet: out_indices={out_indices}; stages are 0 to 5')
+        if depth not in self.archs:
+            raise ValueError(f'Darknet: depth={depth}; choose from {sorted(self.archs)}')
+        if not set(out_indices) <= set(range(6)):
+            raise ValueError(f'Darknet: out_indices={out_indices}; stages are 0 to 5')
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
         self.init_cfg = weights_from(pretrained, init_cfg)
-        cfg,(blocks,channels) = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),self.archs[depth]
+        cfg,(blocks,channels) = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg,
+                                     act_cfg=act_cfg),self.archs[depth]
         self.conv1 = ConvModule(3, 32, 3, padding=1, **cfg)
-        for i,(n,(a,b)) in enumerate(zip(blocks, channels), 1): self.add_module(f'conv_res_block{i}', darknet_stage(a, b, n, **cfg))
+        for i,(n,(a,b)) in enumerate(zip(blocks, channels), 1):
+            self.add_module(f'conv_res_block{i}', darknet_stage(a, b, n, **cfg))
         self.cr_blocks = ['conv1'] + [f'conv_res_block{i+1}' for i in range(len(blocks))]
         initialize(self, own_rules(init_cfg)); self.freeze()
 

@@ -32,7 +32,8 @@ class SAC(ConvAWS):
         in_channels:int,   # of the input
         out_channels:int,  # of the output
         kernel_size,       # 3
-        stride=1, padding=0, dilation=1, # of the near look; the wide one has three times the padding and the holes
+        # of the near look; the wide one has three times the padding and the holes
+        stride=1, padding=0, dilation=1,
         groups:int=1,      # of both looks
         bias:bool=True,    # accepted; the looks use none
         use_deform:bool=False, # both looks are deformable
@@ -41,8 +42,10 @@ class SAC(ConvAWS):
         self.use_deform = use_deform
         self.switch = nn.Conv2d(in_channels, 1, 1, stride)
         self.weight_diff = nn.Parameter(torch.zeros_like(self.weight))
-        self.pre_context,self.post_context = nn.Conv2d(in_channels, in_channels, 1),nn.Conv2d(out_channels, out_channels, 1)
-        if use_deform: self.offset_s,self.offset_l = [nn.Conv2d(in_channels, 18, 3, stride, 1) for _ in range(2)]
+        self.pre_context = nn.Conv2d(in_channels, in_channels, 1)
+        self.post_context = nn.Conv2d(out_channels, out_channels, 1)
+        if use_deform:
+            self.offset_s,self.offset_l = [nn.Conv2d(in_channels, 18, 3, stride, 1) for _ in range(2)]
         self.start()
 
     def start(self):
@@ -68,7 +71,8 @@ class SAC(ConvAWS):
     )->Tensor: # `(B, C_out, H', W')`
         "Context, switch, two looks, context."
         x = add_mean(x, self.pre_context)
-        near_mean = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode='reflect' if min(x.shape[2:]) > 2 else 'replicate'), 5, 1)
+        near_mean = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode='reflect' if min(x.shape[2:]) > 2
+                                       else 'replicate'), 5, 1)
         switch,weight = self.switch(near_mean),self.scaled(self.weight)
         near = self.look(x, near_mean, weight, getattr(self, 'offset_s', None), 1)
         far  = self.look(x, near_mean, weight + self.weight_diff, getattr(self, 'offset_l', None), 3)
@@ -112,11 +116,14 @@ class DetectoRS_ResNet(ResNet):
         pretrained=None, init_cfg=None, # where weights come from
         **kwargs,            # of `ResNet`
     ):
-        self.sac,self.stage_with_sac,self.rfp_inplanes,self.output_img = sac,stage_with_sac,rfp_inplanes,output_img
+        self.sac,self.stage_with_sac = sac,stage_with_sac
+        self.rfp_inplanes,self.output_img = rfp_inplanes,output_img
         super().__init__(pretrained=pretrained, init_cfg=init_cfg, **kwargs)
-        for m in self.modules():                                     # their own start, which the net's has overwritten
+        # their own start, which the net's has overwritten
+        for m in self.modules():
             if isinstance(m, SAC): m.start()
-            if isinstance(m, AdvisedBottleneck) and m.rfp_conv is not None: nn.init.zeros_(m.rfp_conv.weight)
+            if isinstance(m, AdvisedBottleneck) and m.rfp_conv is not None:
+                nn.init.zeros_(m.rfp_conv.weight)
 
     def make_res_layer(self,
         stage:int,       # its number, from 0
@@ -124,7 +131,8 @@ class DetectoRS_ResNet(ResNet):
     )->nn.Sequential:    # its blocks
         "A stage with its SAC, and advice for its first block."
         sac = self.sac if self.stage_with_sac[stage] else None
-        return res_layer(*args, first=dict(rfp_inplanes=self.rfp_inplanes if stage else None), sac=sac, **kwargs)
+        return res_layer(*args, first=dict(rfp_inplanes=self.rfp_inplanes if stage else None), sac=sac,
+                         **kwargs)
 
     def forward(self,
         x,       # `(B, 3, H, W)`
@@ -138,7 +146,8 @@ class DetectoRS_ResNet(ResNet):
         advice,  # one map for each stage, from a neck; the first is not used
     )->tuple:    # maps of `out_indices`
         "The second look, with advice."
-        x = self.stem(x) if self.deep_stem else F.relu(getattr(self, self.norm1_name)(self.conv1(x)), inplace=True)
+        x = (self.stem(x) if self.deep_stem else F.relu(getattr(self, self.norm1_name)(self.conv1(x)),
+                                                        inplace=True))
         x,outs = self.maxpool(x),[]
         for i,name in enumerate(self.res_layers):
             for block in getattr(self, name): x = block.rfp_forward(x, advice[i] if i else None)
@@ -154,5 +163,6 @@ class DetectoRS_ResNeXt(DetectoRS_ResNet):
         base_width:int=4, # channels of a path in the first stage
         **kwargs,         # of `DetectoRS_ResNet`
     ):
-        self.block_settings = dict(groups=groups, base_width=base_width, base_channels=kwargs.get('base_channels', 64))
+        self.block_settings = dict(groups=groups, base_width=base_width,
+                                   base_channels=kwargs.get('base_channels', 64))
         super().__init__(**kwargs)

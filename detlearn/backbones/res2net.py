@@ -49,12 +49,17 @@ class ChainBottleneck(Bottleneck):
         stage_type='normal',  # `'stage'`: parts are not added up
         **kwargs,             # of `Bottleneck`: `with_cp`, `plugins`
     ):
-        if scales < 2: raise ValueError(f'Res2Net: scales={scales}; a chain needs at least 2 parts, one part is a ResNet')
+        if scales < 2:
+            raise ValueError(f'Res2Net: scales={scales}; a chain needs at least 2 parts, one part is a '
+                             'ResNet')
         width = math.floor(planes*(base_width/base_channels))
-        super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg, norm_cfg=norm_cfg, width=width*scales, **kwargs)
+        super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg,
+                         norm_cfg=norm_cfg, width=width*scales, **kwargs)
         del self.conv2; delattr(self, self.steps[1][1])
         cfg,middle = middle_cfg(dcn, conv_cfg),stride if style == 'pytorch' else 1
-        self.convs = nn.ModuleList(build_conv_layer(cfg, width, width, 3, stride=middle, padding=dilation, dilation=dilation, bias=False) for _ in range(scales-1))
+        self.convs = nn.ModuleList(build_conv_layer(cfg, width, width, 3, stride=middle,
+                                                    padding=dilation, dilation=dilation, bias=False)
+                                                    for _ in range(scales-1))
         self.bns = nn.ModuleList(build_norm_layer(norm_cfg, width)[1] for _ in range(scales-1))
         self.alone = stage_type == 'stage'
         self.pool = nn.AvgPool2d(3, middle, 1) if self.alone and middle != 1 else None
@@ -72,7 +77,8 @@ class ChainBottleneck(Bottleneck):
 @BACKBONES.register_module()
 class Res2Net(ResNet):
     "ResNet with chains in its bottlenecks (Gao et al., 2019)."
-    archs = {50: (ChainBottleneck, (3, 4, 6, 3)), 101: (ChainBottleneck, (3, 4, 23, 3)), 152: (ChainBottleneck, (3, 8, 36, 3))}
+    archs = {50: (ChainBottleneck, (3, 4, 6, 3)), 101: (ChainBottleneck, (3, 4, 23, 3)),
+             152: (ChainBottleneck, (3, 8, 36, 3))}
     def __init__(self,
         scales:int=4,         # parts of each block
         base_width:int=26,    # channels of a part in the first stage
@@ -83,8 +89,10 @@ class Res2Net(ResNet):
         init_cfg=None,        # where weights come from
         **kwargs,             # of `ResNet`
     ):
-        self.block_settings = dict(scales=scales, base_width=base_width, base_channels=kwargs.get('base_channels', 64))
-        super().__init__(style=style, deep_stem=deep_stem, avg_down=avg_down, pretrained=pretrained, init_cfg=init_cfg, **kwargs)
+        self.block_settings = dict(scales=scales, base_width=base_width,
+                                   base_channels=kwargs.get('base_channels', 64))
+        super().__init__(style=style, deep_stem=deep_stem, avg_down=avg_down, pretrained=pretrained,
+                         init_cfg=init_cfg, **kwargs)
 
     def make_res_layer(self,
         stage:int,       # its number, not used

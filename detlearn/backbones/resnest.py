@@ -21,7 +21,8 @@ def choose(
 )->Tensor:      # `(B, radix, C, 1, 1)`, adds up to 1 over the looks; one look: a gate between 0 and 1
     "Who is believed in each channel."
     if radix == 1: return scores.sigmoid()[:, None]
-    votes = scores.view(len(scores), groups, radix, -1).transpose(1, 2).softmax(1)   # (B, radix, groups, C/groups)
+    # (B, radix, groups, C/groups)
+    votes = scores.view(len(scores), groups, radix, -1).transpose(1, 2).softmax(1)
     return votes.reshape(len(scores), radix, -1, 1, 1)
 
 # %% ../../nbs/04_backbones/05_resnest.ipynb #e42d3d27
@@ -34,22 +35,28 @@ class SplitAttentionConv2d(nn.Module):
         stride=1, padding=0, dilation=1, # of the convolution
         groups:int=1,        # of the convolution
         radix:int=2,         # looks
-        reduction_factor:int=4, # the layer between has `in_channels·radix/reduction_factor` channels, at least 32
+        # the layer between has `in_channels·radix/reduction_factor` channels, at least 32
+        reduction_factor:int=4,
         conv_cfg=None, norm_cfg=dict(type='BN'), # recipes
         dcn=None,            # recipe of a deformable convolution instead
     ):
         super().__init__()
         self.radix,self.groups,inside = radix,groups,max(in_channels*radix//reduction_factor, 32)
-        self.conv = build_conv_layer(middle_cfg(dcn, conv_cfg), in_channels, channels*radix, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups*radix, bias=False)
-        (self.norm0_name,norm0),(self.norm1_name,norm1) = build_norm_layer(norm_cfg, channels*radix, 0),build_norm_layer(norm_cfg, inside, 1)
+        self.conv = build_conv_layer(middle_cfg(dcn, conv_cfg), in_channels, channels*radix, kernel_size,
+                                     stride=stride, padding=padding, dilation=dilation,
+                                     groups=groups*radix, bias=False)
+        (self.norm0_name,norm0),(self.norm1_name,norm1) = (build_norm_layer(norm_cfg, channels*radix, 0),
+                                                           build_norm_layer(norm_cfg, inside, 1))
         self.add_module(self.norm0_name, norm0); self.add_module(self.norm1_name, norm1)
-        self.fc1,self.fc2 = nn.Conv2d(channels, inside, 1, groups=groups),nn.Conv2d(inside, channels*radix, 1, groups=groups)
+        self.fc1 = nn.Conv2d(channels, inside, 1, groups=groups)
+        self.fc2 = nn.Conv2d(inside, channels*radix, 1, groups=groups)
 
     def forward(self,
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, channels, H', W')`
         "Look, sum, squeeze, choose."
-        looks = F.relu(getattr(self, self.norm0_name)(self.conv(x))).unflatten(1, (self.radix, -1))  # (B, radix, C, H', W')
+        # (B, radix, C, H', W')
+        looks = F.relu(getattr(self, self.norm0_name)(self.conv(x))).unflatten(1, (self.radix, -1))
         mean = looks.sum(1).mean((2, 3), keepdim=True)
         scores = self.fc2(F.relu(getattr(self, self.norm1_name)(self.fc1(mean))))
         return (choose(scores, self.radix, self.groups)*looks).sum(1)
@@ -73,10 +80,13 @@ class SplitBottleneck(Bottleneck):
         avg_down_stride:bool=True, # halve by an average, not by the convolution
         **kwargs,             # of `Bottleneck`: `with_cp`, `plugins`
     ):
-        width,middle = group_width(planes, groups, base_width, base_channels),stride if style == 'pytorch' else 1
-        super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg, norm_cfg=norm_cfg, width=width, **kwargs)
+        width = group_width(planes, groups, base_width, base_channels)
+        middle = stride if style == 'pytorch' else 1
+        super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg,
+                         norm_cfg=norm_cfg, width=width, **kwargs)
         average = avg_down_stride and middle > 1
-        self.conv2 = SplitAttentionConv2d(width, width, 3, 1 if average else middle, dilation, dilation, groups, radix, reduction_factor, conv_cfg, norm_cfg, dcn)
+        self.conv2 = SplitAttentionConv2d(width, width, 3, 1 if average else middle, dilation, dilation,
+                                          groups, radix, reduction_factor, conv_cfg, norm_cfg, dcn)
         delattr(self, self.steps[1][1])
         if average: self.avd_layer = nn.AvgPool2d(3, middle, padding=1)
 
@@ -93,7 +103,8 @@ class SplitBottleneck(Bottleneck):
 @BACKBONES.register_module()
 class ResNeSt(ResNet):
     "ResNet-D with split attention (Zhang et al., 2020)."
-    archs = {50: (SplitBottleneck, (3, 4, 6, 3)), 101: (SplitBottleneck, (3, 4, 23, 3)), 152: (SplitBottleneck, (3, 8, 36, 3)), 200: (SplitBottleneck, (3, 24, 36, 3))}
+    archs = {50: (SplitBottleneck, (3, 4, 6, 3)), 101: (SplitBottleneck, (3, 4, 23, 3)),
+             152: (SplitBottleneck, (3, 8, 36, 3)), 200: (SplitBottleneck, (3, 24, 36, 3))}
     def __init__(self,
         groups:int=1,            # paths of each block
         base_width:int=4,        # channels of a path in the first stage
@@ -102,6 +113,8 @@ class ResNeSt(ResNet):
         avg_down_stride:bool=True, # halve by an average
         **kwargs,                # of `ResNet`; `deep_stem` and `avg_down` are set here
     ):
-        self.block_settings = dict(groups=groups, base_width=base_width, base_channels=kwargs.get('base_channels', 64),
-                                   radix=radix, reduction_factor=reduction_factor, avg_down_stride=avg_down_stride)
+        self.block_settings = dict(groups=groups, base_width=base_width,
+                                   base_channels=kwargs.get('base_channels', 64),
+                                   radix=radix, reduction_factor=reduction_factor,
+                                   avg_down_stride=avg_down_stride)
         super().__init__(deep_stem=True, avg_down=True, **kwargs)

@@ -31,14 +31,16 @@ class ResBlock(nn.Module):
         self.steps,self.behind = [],{}
         for i,(cfg,c_in,c_out,kernel,kw) in enumerate(convs, 1):
             pad = kw.get('dilation', 1)*(kernel//2)
-            self.add_module(f'conv{i}', build_conv_layer(cfg, c_in, c_out, kernel, padding=pad, bias=False, **kw))
+            self.add_module(f'conv{i}',
+                            build_conv_layer(cfg, c_in, c_out, kernel, padding=pad, bias=False, **kw))
             name,norm = build_norm_layer(norm_cfg, c_out, i)
             self.add_module(name, norm)
             self.steps.append((f'conv{i}', name))
         for place,cfg in plugins or ():
             cfg = dict(cfg)
             name,layer = build_plugin_layer(cfg, cfg.pop('postfix', ''), in_channels=convs[place-1][2])
-            if hasattr(self, name): raise ValueError(f'two plugins of a block are called {name}: give one a postfix')
+            if hasattr(self, name):
+                raise ValueError(f'two plugins of a block are called {name}: give one a postfix')
             self.add_module(name, layer)
             self.behind.setdefault(place, []).append(name)
         self.downsample,self.with_cp = downsample,with_cp
@@ -74,7 +76,8 @@ class ResBlock(nn.Module):
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H', W')`
         "The block; with `with_cp` its inside is computed again in the backward pass, to save memory."
-        y = cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad else self.residual(x)
+        y = (cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad
+             else self.residual(x))
         return F.relu(y, inplace=True)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #8b962c4d
@@ -92,9 +95,12 @@ class BasicBlock(ResBlock):
         norm_cfg=dict(type='BN'), # recipe of the norms
         dcn=None, plugins=None,   # for `Bottleneck` alone
     ):
-        if dcn or plugins: raise ValueError('BasicBlock (ResNet-18, 34) takes neither dcn nor plugins, as in the zoo; choose a depth of 50 or more')
+        if dcn or plugins:
+            raise ValueError('BasicBlock (ResNet-18, 34) takes neither dcn nor plugins, as in the zoo; '
+                             'choose a depth of 50 or more')
         first = dict(stride=stride, dilation=dilation)
-        super().__init__([(conv_cfg, inplanes, planes, 3, first), (conv_cfg, planes, planes, 3, {})], norm_cfg, downsample, with_cp)
+        super().__init__([(conv_cfg, inplanes, planes, 3, first), (conv_cfg, planes, planes, 3, {})],
+                         norm_cfg, downsample, with_cp)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #d4cfe212
 def middle_cfg(
@@ -119,16 +125,21 @@ class Bottleneck(ResBlock):
         with_cp=False,   # see `ResBlock.forward`
         conv_cfg=None,   # recipe of the convolutions
         norm_cfg=dict(type='BN'), # recipe of the norms
-        dcn=None,        # recipe of the 3×3, e.g. `dict(type='DCN', deform_groups=1)`; with `fallback_on_stride` it is ordinary
+        # recipe of the 3×3, e.g. `dict(type='DCN',
+        # deform_groups=1)`; with `fallback_on_stride` it is ordinary
+        dcn=None,
         plugins=None,    # `(place, recipe)`: behind which convolution, 1 to 3
         width:int=None,  # channels inside; default: `planes`
         groups:int=1,    # of the 3×3
     ):
-        if style not in ('pytorch', 'caffe'): raise ValueError(f"ResNet: style={style!r}; choose 'pytorch' or 'caffe'")
+        if style not in ('pytorch', 'caffe'):
+            raise ValueError(f"ResNet: style={style!r}; choose 'pytorch' or 'caffe'")
         first,second = (1, stride) if style == 'pytorch' else (stride, 1)
         w,middle = width or planes,middle_cfg(dcn, conv_cfg)
-        super().__init__([(conv_cfg, inplanes, w, 1, dict(stride=first)), (middle, w, w, 3, dict(stride=second, dilation=dilation, groups=groups)),
-                          (conv_cfg, w, planes*self.expansion, 1, {})], norm_cfg, downsample, with_cp, plugins)
+        super().__init__([(conv_cfg, inplanes, w, 1, dict(stride=first)),
+                          (middle, w, w, 3, dict(stride=second, dilation=dilation, groups=groups)),
+                          (conv_cfg, w, planes*self.expansion, 1, {})], norm_cfg, downsample, with_cp,
+                          plugins)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #83c1a605
 def res_layer(
@@ -146,11 +157,13 @@ def res_layer(
     out,downsample = planes*block.expansion,None
     conv_cfg,norm_cfg = kwargs.get('conv_cfg'),kwargs.get('norm_cfg', dict(type='BN'))
     if stride != 1 or inplanes != out:
-        pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if avg_down else []
+        pool = ([nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if avg_down
+                else [])
         conv = build_conv_layer(conv_cfg, inplanes, out, 1, stride=1 if avg_down else stride, bias=False)
         downsample = nn.Sequential(*pool, conv, build_norm_layer(norm_cfg, out)[1])
     blocks = [block(inplanes, planes, stride, dilation, downsample, **kwargs, **(first or {}))]
-    return nn.Sequential(*blocks, *[block(out, planes, 1, dilation, **kwargs) for _ in range(num_blocks-1)])
+    return nn.Sequential(*blocks,
+                         *[block(out, planes, 1, dilation, **kwargs) for _ in range(num_blocks-1)])
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #53db9131
 def deep_stem(
@@ -161,13 +174,16 @@ def deep_stem(
 )->nn.Sequential:    # stride 2
     "Three 3×3 convolutions instead of one 7×7 (ResNet-C)."
     layers = []
-    for c_in,c_out,stride in ((in_channels, channels//2, 2), (channels//2, channels//2, 1), (channels//2, channels, 1)):
-        layers += [build_conv_layer(conv_cfg, c_in, c_out, 3, stride=stride, padding=1, bias=False), build_norm_layer(norm_cfg, c_out)[1], nn.ReLU(inplace=True)]
+    for c_in,c_out,stride in ((in_channels, channels//2, 2), (channels//2, channels//2, 1),
+                              (channels//2, channels, 1)):
+        layers += [build_conv_layer(conv_cfg, c_in, c_out, 3, stride=stride, padding=1, bias=False),
+                   build_norm_layer(norm_cfg, c_out)[1], nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #7c7026a0
 ARCHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)),
-         101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))} # depth: block, blocks of each stage
+         # depth: block, blocks of each stage
+         101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))}
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #86ab127d
 class Freezable(nn.Module):
@@ -175,7 +191,8 @@ class Freezable(nn.Module):
     def freeze(self):
         "Fix the stem and the first stages, as `frozen_stages` says."
         stem = [self.stem] if self.deep_stem else [self.conv1, getattr(self, self.norm1_name)]
-        fixed = (stem if self.frozen_stages >= 0 else []) + [getattr(self, f'layer{i}') for i in range(1, self.frozen_stages+1)]
+        fixed = (stem if self.frozen_stages >= 0 else []) + [getattr(self, f'layer{i}')
+                                                             for i in range(1, self.frozen_stages+1)]
         for m in fixed: m.eval().requires_grad_(False)
 
     def train(self,
@@ -195,9 +212,10 @@ def start_weights(
     zero_init_residual=True, # blocks start as the identity
     init_cfg=None,           # rules in place of all this
 ):
-    "Kaiming for convolutions, 1 for norms, 0 for the last norm of a block; plug-ins and offsets keep their own start."
+    "Kaiming for convolutions, 1 for norms, 0 for a block's last norm; plug-ins keep their own start."
     if own_rules(init_cfg): initialize(net, init_cfg); return
-    rules = [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])]
+    rules = [dict(type='Kaiming', layer='Conv2d'),
+             dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])]
     blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
     own = [getattr(m, n) for m in blocks for names in m.behind.values() for n in names]
     own += [m.conv_offset for m in net.modules() if hasattr(m, 'conv_offset')]
@@ -218,18 +236,23 @@ def check_resnet(
 ):
     "Settings that have no answer get a sentence."
     if depth not in archs: raise ValueError(f'ResNet: depth={depth}; choose from {sorted(archs)}')
-    if not 1 <= num_stages <= 4 or max(out_indices) >= num_stages: raise ValueError(f'ResNet: out_indices={out_indices} for num_stages={num_stages}')
+    if not 1 <= num_stages <= 4 or max(out_indices) >= num_stages:
+        raise ValueError(f'ResNet: out_indices={out_indices} for num_stages={num_stages}')
     for p in plugins or ():
         if p.get('position') not in ('after_conv1', 'after_conv2', 'after_conv3') or 'cfg' not in p:
-            raise ValueError(f"ResNet: plugin {p} needs a cfg and a position, 'after_conv1', 'after_conv2' or 'after_conv3'")
-        if 'stages' in p and len(p['stages']) != num_stages: raise ValueError(f"ResNet: plugin stages={p['stages']} for num_stages={num_stages}; give one a stage")
+            raise ValueError(f"ResNet: plugin {p} needs a cfg and a position, 'after_conv1', "
+                             "'after_conv2' or 'after_conv3'")
+        if 'stages' in p and len(p['stages']) != num_stages:
+            raise ValueError(f"ResNet: plugin stages={p['stages']} for num_stages={num_stages}; give "
+                             "one a stage")
 
 def stage_plugins(
     plugins,   # as in a config, or None
     stage:int, # counted from 0
 )->list:       # `(place, recipe)`, places 1 to 3
     "The plug-ins of one stage."
-    return [(int(p['position'][-1]), p['cfg']) for p in plugins or () if p.get('stages') is None or p['stages'][stage]]
+    return [(int(p['position'][-1]), p['cfg']) for p in plugins or () if p.get('stages') is None
+            or p['stages'][stage]]
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #f6540d5b
 def chosen_maps(
@@ -276,15 +299,19 @@ class ResNet(Freezable):
         super().__init__()
         check_resnet(self.archs, depth, num_stages, out_indices, plugins)
         block,blocks = self.archs[depth]
-        self.out_indices,self.frozen_stages,self.norm_eval,self.deep_stem = out_indices,frozen_stages,norm_eval,deep_stem
+        self.out_indices,self.frozen_stages = out_indices,frozen_stages
+        self.norm_eval,self.deep_stem = norm_eval,deep_stem
         self.init_cfg = weights_from(pretrained, init_cfg)
         inplanes = stem_channels or base_channels
         self.make_stem(in_channels, inplanes, conv_cfg, norm_cfg)
-        common = dict(avg_down=avg_down, style=style, with_cp=with_cp, conv_cfg=conv_cfg, norm_cfg=norm_cfg, **self.block_settings)
+        common = dict(avg_down=avg_down, style=style, with_cp=with_cp, conv_cfg=conv_cfg,
+                      norm_cfg=norm_cfg, **self.block_settings)
         self.res_layers = [f'layer{i+1}' for i in range(num_stages)]
         for i,name in enumerate(self.res_layers):
-            planes,own = base_channels * 2**i,dict(dcn=dcn if stage_with_dcn[i] else None, plugins=stage_plugins(plugins, i))
-            self.add_module(name, self.make_res_layer(i, block, inplanes, planes, blocks[i], strides[i], dilations[i], **common, **own))
+            planes = base_channels * 2**i
+            own = dict(dcn=dcn if stage_with_dcn[i] else None, plugins=stage_plugins(plugins, i))
+            self.add_module(name, self.make_res_layer(i, block, inplanes, planes, blocks[i], strides[i],
+                                                      dilations[i], **common, **own))
             inplanes = planes*block.expansion
         start_weights(self, zero_init_residual, init_cfg); self.freeze()
 
@@ -304,7 +331,8 @@ class ResNet(Freezable):
         "Stride 2, then a pooling of stride 2."
         if self.deep_stem: self.stem = deep_stem(in_channels, channels, conv_cfg, norm_cfg)
         else:
-            self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 7, stride=2, padding=3, bias=False)
+            self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 7, stride=2, padding=3,
+                                          bias=False)
             self.norm1_name,norm = build_norm_layer(norm_cfg, channels, 1)
             self.add_module(self.norm1_name, norm)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -313,8 +341,10 @@ class ResNet(Freezable):
         x,       # `(B, 3, H, W)`
     )->tuple:    # `(B, C_i, H/s_i, W/s_i)` for each of `out_indices`
         "Maps of the chosen stages, finest first."
-        x = self.stem(x) if self.deep_stem else F.relu(getattr(self, self.norm1_name)(self.conv1(x)), inplace=True)
-        return chosen_maps(self.maxpool(x), [getattr(self, name) for name in self.res_layers], self.out_indices)
+        x = (self.stem(x) if self.deep_stem else F.relu(getattr(self, self.norm1_name)(self.conv1(x)),
+                                                        inplace=True))
+        return chosen_maps(self.maxpool(x), [getattr(self, name) for name in self.res_layers],
+                           self.out_indices)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #a207b5da
 @BACKBONES.register_module()

@@ -31,17 +31,22 @@ class GroupedBottleneck(Bottleneck):
         base_width:int=4,     # see `group_width`
         base_channels:int=64, # see `group_width`
         **kwargs,             # of `Bottleneck`
-    ): super().__init__(inplanes, planes, *args, width=group_width(planes, groups, base_width, base_channels), groups=groups, **kwargs)
+    ):
+        super().__init__(inplanes, planes, *args,
+                         width=group_width(planes, groups, base_width, base_channels), groups=groups,
+                         **kwargs)
 
 # %% ../../nbs/04_backbones/03_resnext.ipynb #2326f0f6
 @BACKBONES.register_module()
 class ResNeXt(ResNet):
     "ResNet with grouped bottlenecks (Xie et al., 2017)."
-    archs = {50: (GroupedBottleneck, (3, 4, 6, 3)), 101: (GroupedBottleneck, (3, 4, 23, 3)), 152: (GroupedBottleneck, (3, 8, 36, 3))}
+    archs = {50: (GroupedBottleneck, (3, 4, 6, 3)), 101: (GroupedBottleneck, (3, 4, 23, 3)),
+             152: (GroupedBottleneck, (3, 8, 36, 3))}
     def __init__(self,
         groups:int=1,     # paths of each block
         base_width:int=4, # channels of a path in the first stage
         **kwargs,         # of `ResNet`
     ):
-        self.block_settings = dict(groups=groups, base_width=base_width, base_channels=kwargs.get('base_channels', 64))
+        self.block_settings = dict(groups=groups, base_width=base_width,
+                                   base_channels=kwargs.get('base_channels', 64))
         super().__init__(**kwargs)

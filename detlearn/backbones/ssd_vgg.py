@@ -14,7 +14,8 @@ from .pretrained import own_rules, weights_from
 from .resnet import chosen_maps
 
 # %% ../../nbs/04_backbones/11_ssd_vgg.ipynb #88c180c8
-VGGS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)} # depth: convolutions of each stage
+# depth: convolutions of each stage
+VGGS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 def vgg_layers(
     depth:int,          # key of `VGGS`
@@ -46,13 +47,22 @@ class SSDVGG(nn.Module):
         super().__init__()
         if depth not in VGGS: raise ValueError(f'SSDVGG: depth={depth}; choose from {sorted(VGGS)}')
         if input_size is not None or l2_norm_scale is not None:
-            warnings.warn('SSDVGG: input_size and l2_norm_scale are not used any more; SSDNeck has the norm. Leave them out.')
-        layers = vgg_layers(depth, with_last_pool, ceil_mode) + [nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.ReLU(inplace=True),
-                                                                 nn.Conv2d(1024, 1024, 1), nn.ReLU(inplace=True)]
-        if max(out_feature_indices) >= len(layers): raise ValueError(f'SSDVGG: out_feature_indices={out_feature_indices}; there are layers 0 to {len(layers)-1}')
+            warnings.warn('SSDVGG: input_size and l2_norm_scale are not used any more; SSDNeck has the '
+                          'norm. Leave them out.')
+        layers = vgg_layers(depth, with_last_pool, ceil_mode) + [
+            nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.ReLU(inplace=True),
+                                                                 nn.Conv2d(1024, 1024, 1),
+                                                                 nn.ReLU(inplace=True)]
+        if max(out_feature_indices) >= len(layers):
+            raise ValueError(f'SSDVGG: out_feature_indices={out_feature_indices}; there are layers 0 to '
+                             f'{len(layers)-1}')
         self.features,self.out_feature_indices = nn.Sequential(*layers),out_feature_indices
         self.init_cfg = weights_from(pretrained, init_cfg)
-        initialize(self, own_rules(init_cfg) or [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer='BatchNorm2d'), dict(type='Normal', std=.01, layer='Linear')])
+        initialize(self,
+                   own_rules(init_cfg)
+                   or [dict(type='Kaiming', layer='Conv2d'),
+                       dict(type='Constant', val=1, layer='BatchNorm2d'),
+                       dict(type='Normal', std=.01, layer='Linear')])
 
     def forward(self,
         x,       # `(B, 3, H, W)`

@@ -23,7 +23,8 @@ def last_nodes(
 )->dict:             # stride: `(node, channels, channels last?)`, finest first
     "The last result of each size."
     nodes,found = get_graph_node_names(model)[1],{}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(): outs = create_feature_extractor(model.eval(), nodes)(torch.empty(1, 3, size, size))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        outs = create_feature_extractor(model.eval(), nodes)(torch.empty(1, 3, size, size))
     for name in nodes:
         t = outs.get(name)
         if not isinstance(t, torch.Tensor) or t.dim() != 4: continue
@@ -39,7 +40,9 @@ def build_classifier(
 )->nn.Module:   # without weights
     "A model of torchvision by its name; a sentence if there is none."
     known = list_models(module=__import__('torchvision').models)
-    if name not in known: raise ValueError(f'TorchvisionBackbone: torchvision has no classifier {name!r}{nearest(name, known)}')
+    if name not in known:
+        raise ValueError(f'TorchvisionBackbone: torchvision has no classifier '
+                         f'{name!r}{nearest(name, known)}')
     return get_model(name, weights=None, **kwargs)
 
 # %% ../../nbs/04_backbones/17_torchvision.ipynb #a7c3c054
@@ -49,22 +52,28 @@ class TorchvisionBackbone(Freezable):
     def __init__(self,
         name:str,                  # of the model
         strides=(4, 8, 16, 32),    # of the maps that are given
-        frozen_stages:int=-1,      # what comes before the first `k` of the maps is fixed; -1 or 0: nothing
+        # what comes before the first `k` of the maps is fixed; -1 or 0: nothing
+        frozen_stages:int=-1,
         norm_eval:bool=True,       # batch norms keep their statistics in training
-        pretrained=None, init_cfg=None, # where weights come from, e.g. `dict(type='Pretrained', checkpoint='torchvision://NAME')`
+        # where weights come from, e.g. `dict(type='Pretrained', checkpoint='torchvision://NAME')`
+        pretrained=None, init_cfg=None,
         **kwargs,                  # of the model
     ):
         super().__init__()
         model = build_classifier(name, **kwargs)
         nodes = last_nodes(model)
         lacking = [s for s in strides if s not in nodes]
-        if lacking: raise ValueError(f'TorchvisionBackbone: {name} has no map of stride {lacking}; there are {[s for s in nodes if s > 1]}')
+        if lacking:
+            raise ValueError(f'TorchvisionBackbone: {name} has no map of stride {lacking}; there are '
+                             f'{[s for s in nodes if s > 1]}')
         chosen = [nodes[s] for s in strides]
-        self.strides,self.nodes,self.channels,self.last = tuple(strides),[n for n,_,_ in chosen],[c for _,c,_ in chosen],[l for _,_,l in chosen]
+        self.strides,self.nodes = tuple(strides),[n for n,_,_ in chosen]
+        self.channels,self.last = [c for _,c,_ in chosen],[l for _,_,l in chosen]
         self.body = create_feature_extractor(model, {n: str(i) for i,n in enumerate(self.nodes)})
         self.frozen_stages,self.norm_eval = frozen_stages,norm_eval
         self.init_cfg = weights_from(pretrained, init_cfg)
-        self.fixed = parts_before(self.body, frozen_stages); initialize(self, own_rules(init_cfg)); self.train()
+        self.fixed = parts_before(self.body, frozen_stages); initialize(self, own_rules(init_cfg))
+        self.train()
 
     def freeze(self):
         "Fix what comes before the first maps, as `frozen_stages` says."
@@ -75,14 +84,16 @@ class TorchvisionBackbone(Freezable):
         state:dict, # names and tensors, of torchvision or ours
     )->dict:        # our names
         "torchvision's names stand below `body`."
-        return state if any(k.startswith('body.') for k in state) else {f'body.{k}': v for k,v in state.items()}
+        return (state if any(k.startswith('body.') for k in state)
+                else {f'body.{k}': v for k,v in state.items()})
 
     def forward(self,
         x,       # `(B, 3, H, W)`
     )->tuple:    # `(B, C_i, H/s_i, W/s_i)` for each of `strides`
         "The maps, channels first."
         outs = self.body(x)
-        return tuple(outs[str(i)].permute(0, 3, 1, 2) if last else outs[str(i)] for i,last in enumerate(self.last))
+        return tuple(outs[str(i)].permute(0, 3, 1, 2) if last else outs[str(i)]
+                     for i,last in enumerate(self.last))
 
 # %% ../../nbs/04_backbones/17_torchvision.ipynb #9bc2de8a
 def parts_before(

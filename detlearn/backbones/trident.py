@@ -55,7 +55,8 @@ class TridentBottleneck(Bottleneck):
         **kwargs,          # of `Bottleneck`
     ):
         super().__init__(inplanes, planes, stride, 1, *args, style=style, conv_cfg=conv_cfg, **kwargs)
-        self.conv2 = TridentConv(planes, planes, 3, stride if style == 'pytorch' else 1, trident_dilations)
+        self.conv2 = TridentConv(planes, planes, 3, stride if style == 'pytorch' else 1,
+                                 trident_dilations)
         self.test_branch,self.concat_output = test_branch_idx,concat_output
 
     def of_branch(self,
@@ -77,7 +78,8 @@ class TridentBottleneck(Bottleneck):
         all_of_them = self.training or self.test_branch == -1
         branches = range(len(self.conv2.dilations)) if all_of_them else [self.test_branch]
         maps = x if isinstance(x, list) else [x]*len(branches)
-        run = lambda m,i: cp.checkpoint(self.of_branch, m, i, use_reentrant=False) if self.with_cp and m.requires_grad else self.of_branch(m, i)
+        run = lambda m,i: (cp.checkpoint(self.of_branch, m, i, use_reentrant=False)
+                           if self.with_cp and m.requires_grad else self.of_branch(m, i))
         outs = [run(m, i) for m,i in zip(maps, branches)]
         return torch.cat(outs) if self.concat_output else outs
 
@@ -93,9 +95,15 @@ class TridentResNet(ResNet):
         trident_dilations,   # holes, one a branch
         **kwargs,            # of `ResNet`; `num_stages` must be 3
     ):
-        if kwargs.get('num_stages') != 3: raise ValueError(f"TridentResNet: num_stages={kwargs.get('num_stages', 4)}; it must be 3, the last stage has the branches")
-        if len(trident_dilations) != num_branch: raise ValueError(f'TridentResNet: trident_dilations={trident_dilations} for num_branch={num_branch}; give one a branch')
-        if test_branch_idx not in range(-1, num_branch): raise ValueError(f'TridentResNet: test_branch_idx={test_branch_idx}; choose 0 to {num_branch-1}, or -1 for all')
+        if kwargs.get('num_stages') != 3:
+            raise ValueError(f"TridentResNet: num_stages={kwargs.get('num_stages', 4)}; it must be 3, "
+                             "the last stage has the branches")
+        if len(trident_dilations) != num_branch:
+            raise ValueError(f'TridentResNet: trident_dilations={trident_dilations} for '
+                             f'num_branch={num_branch}; give one a branch')
+        if test_branch_idx not in range(-1, num_branch):
+            raise ValueError(f'TridentResNet: test_branch_idx={test_branch_idx}; choose 0 to '
+                             f'{num_branch-1}, or -1 for all')
         self.branch_settings = dict(trident_dilations=trident_dilations, test_branch_idx=test_branch_idx)
         super().__init__(depth, **kwargs)
 

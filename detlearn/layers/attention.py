@@ -23,7 +23,9 @@ def with_old_names(
     "Settings by their names of today."
     for k in kwargs:
         if k in names: warnings.warn(f'{what}: {k}= is an old name of {names[k]}=')
-        elif k not in known: warnings.warn(f'{what}: as in the zoo, {k}={kwargs[k]!r} is not used{nearest(k, [*names.values(), *known])}')
+        elif k not in known:
+            warnings.warn(f'{what}: as in the zoo, {k}={kwargs[k]!r} is not '
+                          f'used{nearest(k, [*names.values(), *known])}')
     return {names[k]: v for k,v in kwargs.items() if k in names}
 
 # %% ../../nbs/03_layers/09_attention.ipynb #fc703743
@@ -44,7 +46,8 @@ def position_of_keys(
     "Keys without positions get those of the queries, if the shapes agree."
     if key_pos is not None or query_pos is None: return key_pos
     if query_pos.shape == key.shape: return query_pos
-    warnings.warn(f'keys {tuple(key.shape)} get no positions: those of the queries have another shape, {tuple(query_pos.shape)}')
+    warnings.warn(f'keys {tuple(key.shape)} get no positions: those of the queries have another shape, '
+                  f'{tuple(query_pos.shape)}')
 
 # %% ../../nbs/03_layers/09_attention.ipynb #8d56c900
 @ATTENTION.register_module()
@@ -52,18 +55,24 @@ class MultiheadAttention(nn.Module):
     "Attention in several heads, added to what came in (Vaswani et al., 2017)."
     def __init__(self,
         embed_dims:int,         # channels of a token
-        num_heads:int,          # parts of the channels with weights of their own; must divide `embed_dims`
+        # parts of the channels with weights of their own; must divide `embed_dims`
+        num_heads:int,
         attn_drop:float=0.,     # dropout of the weights
         proj_drop:float=0.,     # dropout of the result
-        dropout_layer=dict(type='Dropout', drop_prob=0.), # recipe, acts on the branch before it is added; None: nothing
+        # recipe, acts on the branch before it is added; None: nothing
+        dropout_layer=dict(type='Dropout', drop_prob=0.),
         init_cfg=None,          # accepted: PyTorch's own start is used, as in the zoo
         batch_first:bool=False, # `(B, N, C)` in place of `(N, B, C)`
-        **kwargs,               # of `nn.MultiheadAttention`: `bias`, `kdim`, ...; `dropout` is an old name for two of the above
+        # of `nn.MultiheadAttention`: `bias`, `kdim`, ...; `dropout` is an old name for two of the above
+        **kwargs,
     ):
         super().__init__()
-        if embed_dims % num_heads: raise ValueError(f'MultiheadAttention: num_heads={num_heads} does not divide embed_dims={embed_dims}')
+        if embed_dims % num_heads:
+            raise ValueError(f'MultiheadAttention: num_heads={num_heads} does not divide '
+                             f'embed_dims={embed_dims}')
         if 'dropout' in kwargs:
-            attn_drop = with_old_names(dict(dropout=kwargs.pop('dropout')), dict(dropout='attn_drop'), 'MultiheadAttention')['attn_drop']
+            attn_drop = with_old_names(dict(dropout=kwargs.pop('dropout')), dict(dropout='attn_drop'),
+                                       'MultiheadAttention')['attn_drop']
             dropout_layer = {**(dropout_layer or dict(type='Dropout')), 'drop_prob': attn_drop}
         self.embed_dims,self.num_heads,self.batch_first = embed_dims,num_heads,batch_first
         self.attn = nn.MultiheadAttention(embed_dims, num_heads, attn_drop, **kwargs)
@@ -76,7 +85,8 @@ class MultiheadAttention(nn.Module):
         identity=None,         # `(Q, B, C)` to which the result is added; None: the queries
         query_pos=None,        # `(Q, B, C)` added to the queries
         key_pos=None,          # `(K, B, C)` added to the keys; None: `query_pos`, if its shape fits
-        attn_mask=None,        # `(Q, K)` or `(B·heads, Q, K)`: True must not look, or numbers to be added
+        # `(Q, K)` or `(B·heads, Q, K)`: True must not look, or numbers to be added
+        attn_mask=None,
         key_padding_mask=None, # `(B, K)`, True: nobody there
         **kwargs,              # of other attentions, not used
     )->Tensor:                 # `(Q, B, C)`
@@ -85,7 +95,8 @@ class MultiheadAttention(nn.Module):
         value,identity = key if value is None else value,query if identity is None else identity
         key = with_position(key, position_of_keys(key, query_pos, key_pos))
         turn = (lambda t: t.transpose(0, 1)) if self.batch_first else (lambda t: t)
-        said = self.attn(*map(turn, (with_position(query, query_pos), key, value)), key_padding_mask, False, attn_mask)[0]
+        said = self.attn(*map(turn, (with_position(query, query_pos), key, value)), key_padding_mask,
+                         False, attn_mask)[0]
         return identity + self.dropout_layer(self.proj_drop(turn(said)))
 
 # %% ../../nbs/03_layers/09_attention.ipynb #8b57c0e8
@@ -104,12 +115,15 @@ class FFN(nn.Module):
         **kwargs,                      # `dropout`, `add_residual`: old names
     ):
         super().__init__()
-        if num_fcs < 2: raise ValueError(f'FFN: num_fcs={num_fcs}; two layers at least, so that something stands between them')
+        if num_fcs < 2:
+            raise ValueError(f'FFN: num_fcs={num_fcs}; two layers at least, so that something stands '
+                             'between them')
         old = with_old_names(kwargs, dict(dropout='ffn_drop', add_residual='add_identity'), 'FFN')
         drop,self.add_identity = old.get('ffn_drop', ffn_drop),old.get('add_identity', add_identity)
         self.embed_dims,self.feedforward_channels = embed_dims,feedforward_channels
         sizes = [embed_dims] + [feedforward_channels]*(num_fcs-1)
-        inner = [nn.Sequential(nn.Linear(a, b), build_activation_layer(act_cfg), nn.Dropout(drop)) for a,b in zip(sizes, sizes[1:])]
+        inner = [nn.Sequential(nn.Linear(a, b), build_activation_layer(act_cfg), nn.Dropout(drop))
+                 for a,b in zip(sizes, sizes[1:])]
         self.layers = nn.Sequential(*inner, nn.Linear(sizes[-1], embed_dims), nn.Dropout(drop))
         self.dropout_layer = build_dropout(dropout_layer)
 

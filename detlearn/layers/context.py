@@ -19,7 +19,9 @@ class SPP(nn.Module):
         kernel_sizes=(5, 9, 13), # odd sides of the windows
     ):
         super().__init__()
-        if any(k % 2 == 0 for k in kernel_sizes): raise ValueError(f'SPP: kernel_sizes={kernel_sizes} must be odd, so that the map keeps its size')
+        if any(k % 2 == 0 for k in kernel_sizes):
+            raise ValueError(f'SPP: kernel_sizes={kernel_sizes} must be odd, so that the map keeps '
+                             'its size')
         self.poolings = nn.ModuleList(nn.MaxPool2d(k, 1, k//2) for k in kernel_sizes)
 
     def forward(self,
@@ -36,12 +38,14 @@ class SPPBottleneck(SPP):
         in_channels:int,         # of the input
         out_channels:int,        # of the output
         kernel_sizes=(5, 9, 13), # see `SPP`
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'), # recipes
+        # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
         init_cfg=None,           # start of the weights
     ):
         super().__init__(kernel_sizes)
         cfg,mid = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),in_channels//2
-        self.conv1,self.conv2 = ConvModule(in_channels, mid, 1, **cfg),ConvModule(mid*(len(kernel_sizes)+1), out_channels, 1, **cfg)
+        self.conv1 = ConvModule(in_channels, mid, 1, **cfg)
+        self.conv2 = ConvModule(mid*(len(kernel_sizes)+1), out_channels, 1, **cfg)
         self.init_cfg = init_cfg
 
     def forward(self,
@@ -57,11 +61,14 @@ class ASPP(nn.Module):
     def __init__(self,
         in_channels:int,        # of the input
         out_channels:int,       # of each branch
-        dilations=(1, 3, 6, 1), # distance of the nine pixels; 1 means a 1×1; the last branch sees the mean
+        # distance of the nine pixels; 1 means a 1×1; the last branch sees the mean
+        dilations=(1, 3, 6, 1),
         init_cfg=dict(type='Kaiming', layer='Conv2d'), # kept for `initialize`
     ):
         super().__init__()
-        if dilations[-1] != 1: raise ValueError(f'ASPP: dilations={dilations} must end in 1: the last branch sees one pixel, the mean')
+        if dilations[-1] != 1:
+            raise ValueError(f'ASPP: dilations={dilations} must end in 1: the last branch sees one '
+                             'pixel, the mean')
         size = lambda d: dict(kernel_size=3, padding=d, dilation=d) if d > 1 else dict(kernel_size=1)
         self.aspp = nn.ModuleList(nn.Conv2d(in_channels, out_channels, **size(d)) for d in dilations)
         self.init_cfg = init_cfg
@@ -88,12 +95,15 @@ class RFB(nn.Module):
     ):
         super().__init__()
         out,c = out_channels or in_channels,in_channels//ratio
-        brick = lambda a,b,k,s=1,d=1,act=dict(type='ReLU'): ConvModule(a, b, k, s, d*(k//2), d, norm_cfg=norm_cfg, act_cfg=act)
+        brick = lambda a,b,k,s=1,d=1,act=dict(type='ReLU'): ConvModule(a, b, k, s, d*(k//2), d,
+                                                                       norm_cfg=norm_cfg, act_cfg=act)
         far = lambda d: brick(2*c, 2*c, 3, d=d, act=None)
         self.scale,self.branches = scale,nn.ModuleList([
             nn.Sequential(brick(in_channels, 2*c, 1, stride), far(1)),
             nn.Sequential(brick(in_channels, c, 1), brick(c, 2*c, 3, stride), far(3)),
-            nn.Sequential(brick(in_channels, c, 1), brick(c, 2*c, 3), brick(2*c, 2*c, 3, stride), far(5))]) # two 3×3 for a 5×5
+            # two 3×3 for a 5×5
+            nn.Sequential(brick(in_channels, c, 1), brick(c, 2*c, 3), brick(2*c, 2*c, 3, stride),
+                          far(5))])
         self.mix,self.around = brick(6*c, out, 1, act=None),brick(in_channels, out, 1, stride, act=None)
 
     def forward(self,

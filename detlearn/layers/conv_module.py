@@ -47,12 +47,17 @@ class Clamp(nn.Module):
         return x.clamp(self.min, self.max)
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #cfe24aa7
-CONV_LAYERS,NORM_LAYERS,ACTIVATION_LAYERS = map(Registry, ('conv layer', 'norm layer', 'activation layer'))
-CONV_LAYERS.update(Conv=nn.Conv2d, Conv2d=nn.Conv2d, Conv1d=nn.Conv1d, Conv3d=nn.Conv3d, deconv=nn.ConvTranspose2d, deconv3d=nn.ConvTranspose3d,
+CONV_LAYERS,NORM_LAYERS,ACTIVATION_LAYERS = map(Registry,
+                                                ('conv layer', 'norm layer', 'activation layer'))
+CONV_LAYERS.update(Conv=nn.Conv2d, Conv2d=nn.Conv2d, Conv1d=nn.Conv1d, Conv3d=nn.Conv3d,
+                   deconv=nn.ConvTranspose2d, deconv3d=nn.ConvTranspose3d,
     ConvTranspose2d=nn.ConvTranspose2d, ConvTranspose3d=nn.ConvTranspose3d)
-NORM_LAYERS.update(BN=nn.BatchNorm2d, BN1d=nn.BatchNorm1d, BN2d=nn.BatchNorm2d, BN3d=nn.BatchNorm3d, SyncBN=nn.SyncBatchNorm, MMSyncBN=nn.SyncBatchNorm,
-    GN=nn.GroupNorm, LN=nn.LayerNorm, IN=nn.InstanceNorm2d, IN1d=nn.InstanceNorm1d, IN2d=nn.InstanceNorm2d, IN3d=nn.InstanceNorm3d)
-ACTIVATION_LAYERS.update({c.__name__: c for c in (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.ELU, nn.Sigmoid, nn.Tanh,
+NORM_LAYERS.update(BN=nn.BatchNorm2d, BN1d=nn.BatchNorm1d, BN2d=nn.BatchNorm2d, BN3d=nn.BatchNorm3d,
+                   SyncBN=nn.SyncBatchNorm, MMSyncBN=nn.SyncBatchNorm,
+    GN=nn.GroupNorm, LN=nn.LayerNorm, IN=nn.InstanceNorm2d, IN1d=nn.InstanceNorm1d,
+    IN2d=nn.InstanceNorm2d, IN3d=nn.InstanceNorm3d)
+ACTIVATION_LAYERS.update({c.__name__: c for c in (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6,
+                                                  nn.ELU, nn.Sigmoid, nn.Tanh,
     nn.GELU, nn.SiLU, nn.Mish, HSigmoid, Clamp)}, Clip=Clamp, Swish=nn.SiLU, HSwish=nn.Hardswish)
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #49128258
@@ -85,13 +90,15 @@ def infer_abbr(
     cls,   # class of a norm
 )->str:    # `'bn'`, `'in'`, `'gn'`, `'ln'`, or what it calls itself (`_abbr_`), or `'norm'`
     "The short name of a norm, as it stands in checkpoints."
-    kinds = {nn.modules.instancenorm._InstanceNorm: 'in', nn.modules.batchnorm._BatchNorm: 'bn', nn.GroupNorm: 'gn', nn.LayerNorm: 'ln'}
+    kinds = {nn.modules.instancenorm._InstanceNorm: 'in', nn.modules.batchnorm._BatchNorm: 'bn',
+             nn.GroupNorm: 'gn', nn.LayerNorm: 'ln'}
     if hasattr(cls, '_abbr_'): return cls._abbr_
     return next((abbr for base,abbr in kinds.items() if issubclass(cls, base)), 'norm')
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #0a2ba680
 def build_norm_layer(
-    cfg,              # recipe, e.g. `dict(type='BN', requires_grad=True)`; `eps` is 1e-5 unless it says otherwise
+    # recipe, e.g. `dict(type='BN', requires_grad=True)`; `eps` is 1e-5 unless it says otherwise
+    cfg,
     num_features:int, # channels
     postfix='',       # of the name: 1 gives `bn1`
 )->tuple:             # `(name, layer)`
@@ -100,7 +107,9 @@ def build_norm_layer(
     requires_grad = kw.pop('requires_grad', True)
     kw.setdefault('eps', 1e-5)
     if issubclass(cls, nn.GroupNorm):
-        if 'num_groups' not in kw: raise ValueError(f'norm_cfg={cfg}: GN needs num_groups, which must divide the channels, here {num_features}')
+        if 'num_groups' not in kw:
+            raise ValueError(f'norm_cfg={cfg}: GN needs num_groups, which must divide the channels, '
+                             f'here {num_features}')
         kw['num_channels'] = num_features
     layer = cls(**kw) if issubclass(cls, nn.GroupNorm) else cls(num_features, **kw)
     for p in layer.parameters(): p.requires_grad = requires_grad
@@ -113,7 +122,8 @@ def build_activation_layer(
 )->nn.Module:     # the activation
     "An activation from its recipe."
     cls,kw = look_up(ACTIVATION_LAYERS, cfg, 'act_cfg')
-    if cls in (nn.ReLU, nn.LeakyReLU, nn.RReLU, nn.ReLU6, nn.ELU, nn.SiLU, nn.Mish, nn.Hardswish): kw.setdefault('inplace', inplace)
+    if cls in (nn.ReLU, nn.LeakyReLU, nn.RReLU, nn.ReLU6, nn.ELU, nn.SiLU, nn.Mish, nn.Hardswish):
+        kw.setdefault('inplace', inplace)
     return cls(**kw)
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #f5c5bd5c
@@ -124,9 +134,11 @@ def start_brick(
 ):
     "Kaiming for the convolution, with the slope of the activation; 1 for the norm."
     leaky = act_cfg is not None and act_cfg['type'] == 'LeakyReLU'
-    initialize(conv, dict(type='Kaiming', layer='_ConvNd', a=act_cfg.get('negative_slope', .01) if leaky else 0,
+    initialize(conv, dict(type='Kaiming', layer='_ConvNd', a=act_cfg.get('negative_slope', .01) if leaky
+                          else 0,
                           nonlinearity='leaky_relu' if leaky else 'relu'))
-    if norm is not None: initialize(norm, dict(type='Constant', val=1, layer=['_NormBase', 'GroupNorm', 'LayerNorm']))
+    if norm is not None:
+        initialize(norm, dict(type='Constant', val=1, layer=['_NormBase', 'GroupNorm', 'LayerNorm']))
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #dae2d379
 class ConvModule(nn.Module):
@@ -149,13 +161,17 @@ class ConvModule(nn.Module):
         order=('conv', 'norm', 'act'),  # any order of the three
     ):
         super().__init__()
-        if sorted(order) != ['act', 'conv', 'norm']: raise ValueError(f"order={order}: name 'conv', 'norm' and 'act', each once")
-        self.order,self.with_norm,self.with_activation = tuple(order),norm_cfg is not None,act_cfg is not None
+        if sorted(order) != ['act', 'conv', 'norm']:
+            raise ValueError(f"order={order}: name 'conv', 'norm' and 'act', each once")
+        self.order,self.with_norm = tuple(order),norm_cfg is not None
+        self.with_activation = act_cfg is not None
         self.with_bias = not self.with_norm if bias == 'auto' else bias
         mode = {} if padding_mode == 'zeros' else dict(padding_mode=padding_mode)
-        conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride, padding=padding,
+        conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride,
+                                padding=padding,
                                 dilation=dilation, groups=groups, bias=self.with_bias, **mode)
-        name,norm = build_norm_layer(norm_cfg, in_channels if order.index('norm') < order.index('conv') else out_channels) \
+        name,norm = build_norm_layer(norm_cfg, in_channels if order.index('norm') < order.index('conv')
+                                     else out_channels) \
                     if self.with_norm else (None, None)
         start_brick(conv, norm, act_cfg)
         if self.with_bias and isinstance(norm, nn.modules.batchnorm._NormBase):

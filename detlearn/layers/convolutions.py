@@ -42,7 +42,8 @@ class Conv2dAdaptivePadding(nn.Conv2d):
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, ceil(H/stride), ceil(W/stride))`
         "Pad, then convolve."
-        pads = [p for i in (3, 2) for p in same_padding(x.shape[i], self.kernel_size[i-2], self.stride[i-2], self.dilation[i-2])]
+        pads = [p for i in (3, 2) for p in same_padding(x.shape[i], self.kernel_size[i-2],
+                                                        self.stride[i-2], self.dilation[i-2])]
         return super().forward(F.pad(x, pads) if any(pads) else x)
 
 # %% ../../nbs/03_layers/02_convolutions.ipynb #94c8dfd5
@@ -125,16 +126,22 @@ class DepthwiseSeparableConvModule(nn.Module):
         dilation=1,          # of the depthwise convolution
         norm_cfg=None,       # recipe of the norms
         act_cfg=dict(type='ReLU'), # recipe of the activations
-        dw_norm_cfg='default', dw_act_cfg='default', # of the depthwise brick alone; `'default'`: as above
+        # of the depthwise brick alone; `'default'`: as above
+        dw_norm_cfg='default', dw_act_cfg='default',
         pw_norm_cfg='default', pw_act_cfg='default', # of the pointwise brick alone
         **kwargs,            # of both `ConvModule`s; `groups` is set here
     ):
         super().__init__()
-        if 'groups' in kwargs: raise ValueError('DepthwiseSeparableConvModule: leave out groups, it is in_channels')
+        if 'groups' in kwargs:
+            raise ValueError('DepthwiseSeparableConvModule: leave out groups, it is in_channels')
         own = lambda value,common: common if value == 'default' else value
-        self.depthwise_conv = ConvModule(in_channels, in_channels, kernel_size, stride, padding, dilation, groups=in_channels,
-                                         norm_cfg=own(dw_norm_cfg, norm_cfg), act_cfg=own(dw_act_cfg, act_cfg), **kwargs)
-        self.pointwise_conv = ConvModule(in_channels, out_channels, 1, norm_cfg=own(pw_norm_cfg, norm_cfg), act_cfg=own(pw_act_cfg, act_cfg), **kwargs)
+        self.depthwise_conv = ConvModule(in_channels, in_channels, kernel_size, stride, padding,
+                                         dilation, groups=in_channels,
+                                         norm_cfg=own(dw_norm_cfg, norm_cfg),
+                                         act_cfg=own(dw_act_cfg, act_cfg), **kwargs)
+        self.pointwise_conv = ConvModule(in_channels, out_channels, 1,
+                                         norm_cfg=own(pw_norm_cfg, norm_cfg),
+                                         act_cfg=own(pw_act_cfg, act_cfg), **kwargs)
 
     def forward(self,
         x, # `(B, C_in, H, W)`
@@ -170,7 +177,8 @@ class NormedLinear(nn.Linear):
         x, # `(..., C_in)`
     )->Tensor: # `(..., C_out)`, within `±tempearture` (the zoo's spelling)
         "The cosine with each class."
-        return F.linear(unit(x, self.power, self.eps, -1)*self.tempearture, unit(self.weight, self.power, self.eps, 1), self.bias)
+        return F.linear(unit(x, self.power, self.eps, -1)*self.tempearture,
+                        unit(self.weight, self.power, self.eps, 1), self.bias)
 
 # %% ../../nbs/03_layers/02_convolutions.ipynb #5d50a7a6
 @CONV_LAYERS.register_module()
@@ -185,7 +193,8 @@ class NormedConv2d(nn.Conv2d):
         **kwargs,             # of `nn.Conv2d`
     ):
         super().__init__(*args, **kwargs)
-        self.tempearture,self.power,self.eps,self.norm_over_kernel = tempearture,power,eps,norm_over_kernel
+        self.tempearture,self.power,self.eps = tempearture,power,eps
+        self.norm_over_kernel = norm_over_kernel
 
     def forward(self,
         x, # `(B, C_in, H, W)`

@@ -35,7 +35,8 @@ def modulated_deform_conv2d(
 )->Tensor:         # `(B, C_out, H', W')`, dtype of `input`
     "The same with a factor for each sample."
     wide = lambda t: None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
-    out = sample_and_sum(wide(input), wide(offset), wide(weight), wide(bias), _pair(stride), _pair(padding), _pair(dilation), wide(mask))
+    out = sample_and_sum(wide(input), wide(offset), wide(weight), wide(bias), _pair(stride),
+                         _pair(padding), _pair(dilation), wide(mask))
     return out.to(input.dtype)
 
 # %% ../../nbs/03_layers/05_deform_conv.ipynb #7e311b30
@@ -60,7 +61,8 @@ class DeformConv(nn.Module):
             warnings.warn(f'{type(self).__name__}: deformable_groups is the old name of deform_groups')
             deform_groups = deformable_groups
         kernel,bias = _pair(kernel_size),self.with_bias if bias is None else bias
-        if bias and not self.with_bias: raise ValueError(f'{type(self).__name__} has no bias; leave it out')
+        if bias and not self.with_bias:
+            raise ValueError(f'{type(self).__name__} has no bias; leave it out')
         self.stride,self.padding,self.dilation = _pair(stride),_pair(padding),_pair(dilation)
         self.in_channels,self.out_channels,self.kernel_size = in_channels,out_channels,kernel
         self.groups,self.deform_groups = groups,deform_groups
@@ -68,7 +70,8 @@ class DeformConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         bound = self.weight[0].numel()**-.5
         nn.init.uniform_(self.weight, -bound, bound)
-        self.conv_offset = nn.Conv2d(in_channels, deform_groups*self.per_sample*kernel[0]*kernel[1], kernel, self.stride, self.padding, self.dilation)
+        self.conv_offset = nn.Conv2d(in_channels, deform_groups*self.per_sample*kernel[0]*kernel[1],
+                                     kernel, self.stride, self.padding, self.dilation)
         for p in self.conv_offset.parameters(): nn.init.zeros_(p)
 
 @CONV_LAYERS.register_module()
@@ -78,7 +81,8 @@ class DCN(DeformConv):
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H', W')`
         "Read offsets, sample, sum."
-        return deform_conv2d(x, self.conv_offset(x), self.weight, self.stride, self.padding, self.dilation)
+        return deform_conv2d(x, self.conv_offset(x), self.weight, self.stride, self.padding,
+                             self.dilation)
 
 # %% ../../nbs/03_layers/05_deform_conv.ipynb #e7bf02c0
 @CONV_LAYERS.register_module()
@@ -90,4 +94,5 @@ class DCNv2(DeformConv):
     )->Tensor: # `(B, C_out, H', W')`
         "Read offsets and factors, sample, sum."
         a,b,mask = self.conv_offset(x).chunk(3, 1)
-        return modulated_deform_conv2d(x, torch.cat([a, b], 1), mask.sigmoid(), self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return modulated_deform_conv2d(x, torch.cat([a, b], 1), mask.sigmoid(), self.weight, self.bias,
+                                       self.stride, self.padding, self.dilation)

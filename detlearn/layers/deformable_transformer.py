@@ -17,7 +17,9 @@ from .deform_attention import MultiScaleDeformableAttention, cell_middles, valid
 # %% ../../nbs/03_layers/15_deformable_transformer.ipynb #f7d6a2aa
 def cell_proposals(
     masks, # of each level `(B, H, W)` bool, True: no picture there
-)->tuple:  # `(B, S, 4)` cx, cy, w, h as scores, infinite where a cell proposes nothing; `(B, S)` bool: it proposes something
+    # `(B, S, 4)` cx, cy, w, h as scores, infinite where a cell
+    # proposes nothing; `(B, S)` bool: it proposes something
+)->tuple:
     "A square around the middle of each cell; cells at the very edge or in the padding propose nothing."
     boxes = []
     for level,mask in enumerate(masks):
@@ -43,13 +45,16 @@ def first_queries(
     masks,        # of each level `(B, H, W)`
     cls_branch,   # `(B, S, C)` to `(B, S, classes)`; the first class decides, as in the zoo
     reg_branch,   # `(B, S, C)` to `(B, S, 4)`
-)->tuple:         # `query_pos` and `query` `(B, Q, C)`, references `(B, Q, 4)`; classes and boxes (scores) of all cells
+    # `query_pos` and `query` `(B, Q, C)`, references `(B,
+    # Q, 4)`; classes and boxes (scores) of all cells
+)->tuple:
     "The best cells become queries."
     proposals,fine = cell_proposals(masks)
     cells = net.enc_output_norm(net.enc_output(memory.masked_fill(~fine[..., None], 0.)))
     classes,boxes = cls_branch(cells),reg_branch(cells) + proposals
     if net.two_stage_num_proposals > classes.shape[1]:
-        raise ValueError(f'two_stage_num_proposals={net.two_stage_num_proposals}, but the maps have only {classes.shape[1]} cells')
+        raise ValueError(f'two_stage_num_proposals={net.two_stage_num_proposals}, but the maps have '
+                         f'only {classes.shape[1]} cells')
     best = classes[..., 0].topk(net.two_stage_num_proposals, dim=1).indices
     chosen = take_rows(boxes, best).detach()
     pos,query = net.pos_trans_norm(net.pos_trans(box_waves(chosen, net.embed_dims//2))).chunk(2, -1)
@@ -66,7 +71,8 @@ class DeformableDetrTransformer(Transformer):
         **kwargs,                        # see `Transformer`
     ):
         super().__init__(**kwargs)
-        self.as_two_stage,self.num_feature_levels,self.two_stage_num_proposals = as_two_stage,num_feature_levels,two_stage_num_proposals
+        self.as_two_stage,self.num_feature_levels = as_two_stage,num_feature_levels
+        self.two_stage_num_proposals = two_stage_num_proposals
         c = self.embed_dims
         self.level_embeds = nn.Parameter(torch.randn(num_feature_levels, c))
         if as_two_stage:
@@ -75,7 +81,8 @@ class DeformableDetrTransformer(Transformer):
             start_matrices(self.enc_output); start_matrices(self.pos_trans)
         else:
             self.reference_points = nn.Linear(c, 2)
-            nn.init.xavier_uniform_(self.reference_points.weight); nn.init.zeros_(self.reference_points.bias)
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
         for m in self.modules():
             if isinstance(m, MultiScaleDeformableAttention): m.init_weights()
 
@@ -84,22 +91,31 @@ class DeformableDetrTransformer(Transformer):
         mlvl_masks,        # of each level `(B, H, W)` bool, True: no picture there
         query_embed,       # `(Q, 2·C)`: `query_pos`, then `query`; None with two stages
         mlvl_pos_embeds,   # of each level `(B, C, H, W)`
-        reg_branches=None, # a module a layer, `(B, Q, C)` to `(B, Q, 4)`: references move; with two stages one more, for the cells
+        # a module a layer, `(B, Q, C)` to `(B, Q, 4)`: references
+        # move; with two stages one more, for the cells
+        reg_branches=None,
         cls_branches=None, # with two stages: the last one is for the cells
-    )->tuple:              # queries `(layers, Q, B, C)`, first references `(B, Q, 2 or 4)`, references of all layers; classes, boxes of cells or None
+        # queries `(layers, Q, B, C)`, first references `(B, Q, 2 or
+        # 4)`, references of all layers; classes, boxes of cells or None
+    )->tuple:
         "Encode the maps, let the queries ask them."
         B,sizes = len(mlvl_feats[0]),[tuple(f.shape[-2:]) for f in mlvl_feats]
-        pos = torch.cat([as_tokens(p + v[:, None, None]) for p,v in zip(mlvl_pos_embeds, self.level_embeds)])
-        nobody,ratios = torch.cat([m.flatten(1) for m in mlvl_masks], 1),torch.stack([valid_ratio(m) for m in mlvl_masks], 1)
+        pos = torch.cat([as_tokens(p + v[:, None, None])
+                         for p,v in zip(mlvl_pos_embeds, self.level_embeds)])
+        nobody = torch.cat([m.flatten(1) for m in mlvl_masks], 1)
+        ratios = torch.stack([valid_ratio(m) for m in mlvl_masks], 1)
         common = dict(spatial_shapes=sizes, valid_ratios=ratios)
-        memory = self.encoder(torch.cat([*map(as_tokens, mlvl_feats)]), None, None, query_pos=pos, query_key_padding_mask=nobody,
+        memory = self.encoder(torch.cat([*map(as_tokens, mlvl_feats)]), None, None, query_pos=pos,
+                              query_key_padding_mask=nobody,
                               reference_points=cell_middles(sizes, ratios, ratios), **common)
         if self.as_two_stage:
             last = len(self.decoder.layers)
-            query_pos,query,start,*cells = first_queries(self, memory.transpose(0, 1), mlvl_masks, cls_branches[last], reg_branches[last])
+            query_pos,query,start,*cells = first_queries(self, memory.transpose(0, 1), mlvl_masks,
+                                                         cls_branches[last], reg_branches[last])
         else:
             query_pos,query = query_embed.expand(B, -1, -1).chunk(2, -1)
             start,cells = self.reference_points(query_pos).sigmoid(),[None, None]
-        found,references = self.decoder(query.transpose(0, 1), None, memory, query_pos=query_pos.transpose(0, 1), key_padding_mask=nobody,
+        found,references = self.decoder(query.transpose(0, 1), None, memory,
+                                        query_pos=query_pos.transpose(0, 1), key_padding_mask=nobody,
                                         reference_points=start, reg_branches=reg_branches, **common)
         return found,start,references,*cells

@@ -22,7 +22,8 @@ def drop_path(
     "Set whole rows of a batch to zero and scale the others."
     if drop_prob == 0. or not training: return x
     keep = 1 - drop_prob
-    return x.div(keep)*(keep + torch.rand(x.shape[0], *[1]*(x.dim()-1), dtype=x.dtype, device=x.device)).floor()
+    return x.div(keep)*(keep + torch.rand(x.shape[0], *[1]*(x.dim()-1), dtype=x.dtype,
+                                          device=x.device)).floor()
 
 # %% ../../nbs/03_layers/04_drop.ipynb #86e93c69
 def drop_rates(
@@ -101,16 +102,22 @@ class DropBlock(nn.Module):
         **kwargs,              # accepted and not used, e.g. `in_channels` of a plugin
     ):
         super().__init__()
-        if block_size % 2 == 0: raise ValueError(f'DropBlock: block_size={block_size} must be odd, so that a square has a middle')
-        if not 0 < drop_prob < 1: raise ValueError(f'DropBlock: drop_prob={drop_prob} must lie between 0 and 1')
-        if warmup_iters < 0: raise ValueError(f'DropBlock: warmup_iters={warmup_iters} must not be negative')
-        self.drop_prob,self.block_size,self.warmup_iters,self.iter_cnt = drop_prob,block_size,warmup_iters,0
+        if block_size % 2 == 0:
+            raise ValueError(f'DropBlock: block_size={block_size} must be odd, so that a square has a '
+                             'middle')
+        if not 0 < drop_prob < 1:
+            raise ValueError(f'DropBlock: drop_prob={drop_prob} must lie between 0 and 1')
+        if warmup_iters < 0:
+            raise ValueError(f'DropBlock: warmup_iters={warmup_iters} must not be negative')
+        self.drop_prob,self.block_size = drop_prob,block_size
+        self.warmup_iters,self.iter_cnt = warmup_iters,0
 
     def gamma(self,
         size,      # `(H, W)` of the map
     )->float:      # chance of a square to start, at this step
         "The chance, smaller while warming up."
-        warm = 1. if self.iter_cnt > self.warmup_iters else self.iter_cnt/self.warmup_iters if self.warmup_iters else 1.
+        warm = (1. if self.iter_cnt > self.warmup_iters else self.iter_cnt/self.warmup_iters
+                if self.warmup_iters else 1.)
         return block_gamma(self.drop_prob*warm, self.block_size, size)
 
     def forward(self,

@@ -48,9 +48,11 @@ class DynamicConv(nn.Module):
     ):
         super().__init__()
         norm,out = lambda c: build_norm_layer(norm_cfg, c)[1],out_channels or in_channels
-        self.channels,self.with_proj,self.input_feat_shape = (in_channels, feat_channels, out),with_proj,input_feat_shape
+        self.channels = (in_channels, feat_channels, out)
+        self.with_proj,self.input_feat_shape = with_proj,input_feat_shape
         self.dynamic_layer = nn.Linear(in_channels, feat_channels*(in_channels + out))
-        self.norm_in,self.norm_out,self.activation = norm(feat_channels),norm(out),build_activation_layer(act_cfg)
+        self.norm_in,self.norm_out = norm(feat_channels),norm(out)
+        self.activation = build_activation_layer(act_cfg)
         if with_proj: self.fc_layer,self.fc_norm = nn.Linear(out*input_feat_shape**2, out),norm(out)
 
     def forward(self,
@@ -59,7 +61,9 @@ class DynamicConv(nn.Module):
     )->Tensor:         # `(N, out_channels)`; without `with_proj` `(N, h·w, out_channels)`
         "Read, read again, sum up."
         size,side = tuple(input_feature.shape[-2:]),self.input_feat_shape
-        if self.with_proj and size != (side, side): raise ValueError(f'DynamicConv: regions of {size} cells; with_proj is made for input_feat_shape={side}')
+        if self.with_proj and size != (side, side):
+            raise ValueError(f'DynamicConv: regions of {size} cells; with_proj is made for '
+                             f'input_feat_shape={side}')
         matrices = matrices_of(self.dynamic_layer(param_feature), self.channels)
         x = read_through(input_feature, matrices, (self.norm_in, self.norm_out), self.activation)
         return self.activation(self.fc_norm(self.fc_layer(x.flatten(1)))) if self.with_proj else x

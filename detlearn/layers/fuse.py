@@ -39,13 +39,17 @@ def pairs_of(
     x,                # an input for one call
 )->list:              # `(name of the convolution, name of the norm)`
     "Norms that read nothing but what one convolution gave, and alone."
-    names,made,calls,found,kept,readers = {m: n for n,m in module.named_modules()},{},Counter(),[],[],Readers()
+    names = {m: n for n,m in module.named_modules()}
+    made,calls,found,kept,readers = {},Counter(),[],[],Readers()
     def behind(m, args, out):
         calls[m] += 1
-        if type(m) in FOLDABLE: made[id(out)] = m; kept.append(out); readers.count[id(out)] = 0 # kept: from here on nobody else has this id
+        # kept: from here on nobody else has this id
+        if type(m) in FOLDABLE: made[id(out)] = m; kept.append(out); readers.count[id(out)] = 0
         elif id(args[0]) in made: found.append((made[id(args[0])], m, id(args[0])))
-    norms = nn.BatchNorm2d,nn.SyncBatchNorm                                  # that have stopped to look: they have stored numbers
-    watched = [m for m in module.modules() if type(m) in FOLDABLE or isinstance(m, norms) and m.running_mean is not None]
+    # that have stopped to look: they have stored numbers
+    norms = nn.BatchNorm2d,nn.SyncBatchNorm
+    watched = [m for m in module.modules() if type(m) in FOLDABLE or isinstance(m, norms)
+               and m.running_mean is not None]
     hooks = [m.register_forward_hook(behind) for m in watched]
     try:
         with torch.no_grad(), readers: readers.note(module(x))
@@ -65,7 +69,9 @@ def put(
 
 def lay_out(
     module:nn.Module, # changed
-    memory_format,    # `torch.channels_last`: the channels of a pixel lie side by side; `torch.contiguous_format`: pixels do
+    # `torch.channels_last`: the channels of a pixel lie
+    # side by side; `torch.contiguous_format`: pixels do
+    memory_format,
 ):
     "Lay out the weights of convolutions in memory. Values, shapes and names stay."
     for p in module.parameters():

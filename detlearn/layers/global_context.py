@@ -44,7 +44,8 @@ def pair_weights(
     "How much each place listens to each other."
     if mode == 'concatenation':
         n,m = theta.shape[1],phi.shape[1]
-        both = torch.cat([theta.mT[..., None].expand(-1, -1, -1, m), phi.mT[:, :, None].expand(-1, -1, n, -1)], 1)
+        both = torch.cat([theta.mT[..., None].expand(-1, -1, -1, m),
+                          phi.mT[:, :, None].expand(-1, -1, n, -1)], 1)
         return project(both)[:, 0]/m
     similar = theta @ phi.mT
     if mode == 'dot_product': return similar/similar.shape[-1]
@@ -61,22 +62,29 @@ class NonLocal2d(nn.Module):
         sub_sample:bool=False,# ask every second place in both directions
         reduction:int=2,      # inside there are `in_channels/reduction` channels
         use_scale:bool=True,  # see `pair_weights`
-        conv_cfg=dict(type='Conv2d'), norm_cfg=None, # recipes; the norm stands behind the last convolution
+        # recipes; the norm stands behind the last convolution
+        conv_cfg=dict(type='Conv2d'), norm_cfg=None,
         mode='embedded_gaussian', # see `pair_weights`
         zeros_init:bool=True, # starts as the identity
         **kwargs,             # accepted, not used
     ):
         super().__init__()
         if mode not in ('gaussian', 'embedded_gaussian', 'dot_product', 'concatenation'):
-            raise ValueError(f"NonLocal2d: mode={mode!r}; choose 'gaussian', 'embedded_gaussian', 'dot_product' or 'concatenation'")
+            raise ValueError(f"NonLocal2d: mode={mode!r}; choose 'gaussian', 'embedded_gaussian', "
+                             "'dot_product' or 'concatenation'")
         inside = max(in_channels//reduction, 1)
-        brick = lambda c_in,c_out,**kw: ConvModule(c_in, c_out, 1, conv_cfg=conv_cfg, **{**dict(act_cfg=None), **kw})
+        brick = lambda c_in,c_out,**kw: ConvModule(c_in, c_out, 1, conv_cfg=conv_cfg,
+                                                   **{**dict(act_cfg=None), **kw})
         self.mode,self.use_scale,self.g = mode,use_scale,brick(in_channels, inside)
         self.conv_out = brick(inside, in_channels, norm_cfg=norm_cfg)
-        if mode != 'gaussian': self.theta,self.phi = brick(in_channels, inside),brick(in_channels, inside)
-        if mode == 'concatenation': self.concat_project = ConvModule(2*inside, 1, 1, bias=False, act_cfg=dict(type='ReLU'))
+        if mode != 'gaussian':
+            self.theta,self.phi = brick(in_channels, inside),brick(in_channels, inside)
+        if mode == 'concatenation':
+            self.concat_project = ConvModule(2*inside, 1, 1, bias=False, act_cfg=dict(type='ReLU'))
         pool = nn.MaxPool2d(2, 2)
-        if sub_sample: self.g,self.phi = nn.Sequential(self.g, pool),pool if mode == 'gaussian' else nn.Sequential(self.phi, pool)
+        if sub_sample:
+            self.g,self.phi = (nn.Sequential(self.g, pool),
+                               pool if mode == 'gaussian' else nn.Sequential(self.phi, pool))
         initialize(self, dict(type='Normal', std=.01, layer='Conv2d'))
         last = self.conv_out.norm or self.conv_out.conv
         if zeros_init: nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
@@ -87,7 +95,8 @@ class NonLocal2d(nn.Module):
         "Ask, weigh, listen, add."
         rows = lambda t: t.flatten(2).mT                                     # (B, N, C)
         own = lambda name: rows(getattr(self, name)(x) if hasattr(self, name) else x)
-        weights = pair_weights(own('theta'), own('phi'), self.mode, self.use_scale, getattr(self, 'concat_project', None))
+        weights = pair_weights(own('theta'), own('phi'), self.mode, self.use_scale,
+                               getattr(self, 'concat_project', None))
         said = (weights @ own('g')).mT                                       # (B, C', N)
         return x + self.conv_out(said.reshape(*said.shape[:2], *x.shape[2:]))
 
@@ -97,7 +106,8 @@ def bottleneck(
     inside:int,   # between
 )->nn.Sequential: # `(B, C, 1, 1)` to the same; ends in zeros
     "1×1, layer norm, ReLU, 1×1: what becomes of the context."
-    net = nn.Sequential(nn.Conv2d(channels, inside, 1), nn.LayerNorm([inside, 1, 1]), nn.ReLU(inplace=True), nn.Conv2d(inside, channels, 1))
+    net = nn.Sequential(nn.Conv2d(channels, inside, 1), nn.LayerNorm([inside, 1, 1]),
+                        nn.ReLU(inplace=True), nn.Conv2d(inside, channels, 1))
     for p in net[-1].parameters(): nn.init.zeros_(p)
     return net
 
@@ -112,14 +122,17 @@ class ContextBlock(nn.Module):
         fusion_types=('channel_add',), # `'channel_add'`, `'channel_mul'`, or both
     ):
         super().__init__()
-        if pooling_type not in ('att', 'avg'): raise ValueError(f"ContextBlock: pooling_type={pooling_type!r}; choose 'att' or 'avg'")
+        if pooling_type not in ('att', 'avg'):
+            raise ValueError(f"ContextBlock: pooling_type={pooling_type!r}; choose 'att' or 'avg'")
         if not fusion_types or not set(fusion_types) <= {'channel_add', 'channel_mul'}:
-            raise ValueError(f"ContextBlock: fusion_types={fusion_types}; choose 'channel_add', 'channel_mul' or both")
+            raise ValueError(f"ContextBlock: fusion_types={fusion_types}; choose 'channel_add', "
+                             "'channel_mul' or both")
         if pooling_type == 'att':
             self.conv_mask = nn.Conv2d(in_channels, 1, 1)
             nn.init.kaiming_normal_(self.conv_mask.weight); nn.init.zeros_(self.conv_mask.bias)
         for kind in ('channel_add', 'channel_mul'):
-            self.add_module(f'{kind}_conv', bottleneck(in_channels, int(in_channels*ratio)) if kind in fusion_types else None)
+            self.add_module(f'{kind}_conv', bottleneck(in_channels, int(in_channels*ratio))
+                            if kind in fusion_types else None)
 
     def context(self,
         x, # `(B, C, H, W)`
@@ -163,7 +176,8 @@ def near_map(
     at,to = torch.arange(side),torch.arange(s)
     low,high = ((at - reach).div(step, rounding_mode='floor')).clamp(min=0),(at + reach + 1)//step + 1
     ok = (to >= low[:, None]) & (to < high[:, None])                       # (side, s)
-    return nn.Parameter((~(ok[:, None, :, None] & ok[None, :, None])).to(torch.uint8), requires_grad=False)
+    return nn.Parameter((~(ok[:, None, :, None] & ok[None, :, None])).to(torch.uint8),
+                        requires_grad=False)
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #44147b42
 def distance_terms(
@@ -173,7 +187,8 @@ def distance_terms(
 )->Tensor:     # `(B, heads, h, w, H, W)`
     "What distance adds to the weight: a part for y and a part for x."
     def part(fc, axis):
-        waves = distance_waves(who.shape[axis+1], asked.shape[axis], net.strides, asked, net.waves, net.magnitude)
+        waves = distance_waves(who.shape[axis+1], asked.shape[axis], net.strides, asked, net.waves,
+                               net.magnitude)
         return fc(waves).unflatten(-1, (net.heads, -1))/2**.5               # (n, m, heads, d)
     y = torch.einsum('bndhw,hind->bnhwi', who, part(net.appr_geom_fc_y, 2))
     x = torch.einsum('bndhw,wjnd->bnhwj', who, part(net.appr_geom_fc_x, 3))
@@ -187,11 +202,16 @@ def attention_energy(
     "The four terms, those that are wanted."
     heads = lambda m: m.unflatten(1, (net.heads, -1))                       # (B, heads, d, h, w)
     query = heads(net.query_conv(asking)) if hasattr(net, 'query_conv') else 0
-    zero = asking.new_zeros(len(asking), net.heads, net.value_conv.out_channels//net.heads, *asking.shape[2:])
-    who = lambda with_query,name: zero + (query if with_query else 0) + (getattr(net, name).view(1, net.heads, -1, 1, 1) if hasattr(net, name) else 0)
+    zero = asking.new_zeros(len(asking), net.heads, net.value_conv.out_channels//net.heads,
+                            *asking.shape[2:])
+    who = lambda with_query,name: zero + (query if with_query else 0) + (
+        getattr(net, name).view(1, net.heads, -1, 1, 1) if hasattr(net, name) else 0)
     total = 0
-    if hasattr(net, 'key_conv'): total = torch.einsum('bndhw,bndij->bnhwij', who(net.terms[0], 'appr_bias'), heads(net.key_conv(asked)))
-    if hasattr(net, 'appr_geom_fc_x'): total = total + distance_terms(who(net.terms[1], 'geom_bias'), net, asked)
+    if hasattr(net, 'key_conv'):
+        total = torch.einsum('bndhw,bndij->bnhwij', who(net.terms[0], 'appr_bias'),
+                             heads(net.key_conv(asked)))
+    if hasattr(net, 'appr_geom_fc_x'):
+        total = total + distance_terms(who(net.terms[1], 'geom_bias'), net, asked)
     return total
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #9655cfce
@@ -212,21 +232,27 @@ class GeneralizedAttention(nn.Module):
         super().__init__()
         self.terms,self.heads = [t == '1' for t in attention_type],num_heads
         self.waves = position_embedding_dim if position_embedding_dim > 0 else in_channels
-        self.magnitude,self.spatial_range,self.strides = position_magnitude,spatial_range,(q_stride, kv_stride)
+        self.magnitude,self.spatial_range = position_magnitude,spatial_range
+        self.strides = (q_stride, kv_stride)
         dim = in_channels//num_heads*num_heads
         if self.terms[0] or self.terms[1]: self.query_conv = nn.Conv2d(in_channels, dim, 1, bias=False)
         if self.terms[0] or self.terms[2]: self.key_conv = nn.Conv2d(in_channels, dim, 1, bias=False)
         self.value_conv = nn.Conv2d(in_channels, dim, 1, bias=False)
         if self.terms[1] or self.terms[3]:
-            self.appr_geom_fc_x,self.appr_geom_fc_y = [nn.Linear(self.waves//2, dim, bias=False) for _ in 'xy']
+            self.appr_geom_fc_x,self.appr_geom_fc_y = [nn.Linear(self.waves//2, dim, bias=False)
+                                                       for _ in 'xy']
         bound = (2*(in_channels//num_heads))**-.5
         if self.terms[2]: self.appr_bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
         if self.terms[3]: self.geom_bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
         self.proj_conv,self.gamma = nn.Conv2d(dim, in_channels, 1),nn.Parameter(torch.zeros(1))
         if spatial_range >= 0:
-            if in_channels not in (256, 512): raise ValueError(f'GeneralizedAttention: spatial_range is known for 256 and 512 channels, not for {in_channels}; use -1')
-            self.local_constraint_map = near_map({256: 84, 512: 42}[in_channels], spatial_range, kv_stride)
-        initialize(self, dict(type='Kaiming', layer='Conv2d', mode='fan_in', bias=0, distribution='uniform', a=1))
+            if in_channels not in (256, 512):
+                raise ValueError(f'GeneralizedAttention: spatial_range is known for 256 and 512 '
+                                 f'channels, not for {in_channels}; use -1')
+            self.local_constraint_map = near_map({256: 84, 512: 42}[in_channels], spatial_range,
+                                                 kv_stride)
+        initialize(self, dict(type='Kaiming', layer='Conv2d', mode='fan_in', bias=0,
+                              distribution='uniform', a=1))
 
     def forward(self,
         x, # `(B, C, H, W)`
@@ -240,7 +266,8 @@ class GeneralizedAttention(nn.Module):
         weights = energy.flatten(4).softmax(-1).flatten(2, 3)               # (B, heads, hw, HW)
         value = self.value_conv(asked).unflatten(1, (self.heads, -1)).flatten(3)  # (B, heads, d, HW)
         out = self.proj_conv((value @ weights.mT).flatten(1, 2).unflatten(2, asking.shape[2:]))
-        if self.strides[0] > 1: out = F.interpolate(out, size=x.shape[2:], mode='bilinear', align_corners=False)
+        if self.strides[0] > 1:
+            out = F.interpolate(out, size=x.shape[2:], mode='bilinear', align_corners=False)
         return self.gamma*out + x
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #6adad799
@@ -252,10 +279,12 @@ class CrissCrossAttention(nn.Module):
     ):
         super().__init__()
         if in_channels < 8:
-            raise ValueError(f'CrissCrossAttention: an eighth of in_channels={in_channels} compares; give 8')
+            raise ValueError(f'CrissCrossAttention: an eighth of in_channels={in_channels} compares; '
+                             'give 8')
         self.query_conv,self.key_conv = [nn.Conv2d(in_channels, in_channels//8, 1) for _ in range(2)]
         self.value_conv = nn.Conv2d(in_channels, in_channels, 1)
-        self.gamma = nn.ParameterDict(dict(scale=torch.zeros(())))                # starts as the identity
+        # starts as the identity
+        self.gamma = nn.ParameterDict(dict(scale=torch.zeros(())))
 
     def forward(self,
         x, # `(B, C, H, W)`

@@ -55,11 +55,15 @@ def read_rule(
 )->tuple:     # `(function of a weight, value of the bias)`
     "What one line of `init_cfg` does to a layer."
     kind = cfg.get('type')
-    if kind not in INITIALISERS: raise ValueError(f'init_cfg type {kind!r}{nearest(kind, [*INITIALISERS, "Pretrained"])}')
+    if kind not in INITIALISERS:
+        raise ValueError(f'init_cfg type {kind!r}{nearest(kind, [*INITIALISERS, "Pretrained"])}')
     rule,defaults = INITIALISERS[kind]
-    own = {k: v for k,v in cfg.items() if k not in ('type', 'layer', 'bias', 'bias_prob', 'override', 'name')}
+    own = {k: v for k,v in cfg.items() if k not in ('type', 'layer', 'bias', 'bias_prob', 'override',
+                                                    'name')}
     for k in own:
-        if k not in defaults: raise ValueError(f'init_cfg {kind} has no setting {k!r}{nearest(k, [*defaults, "layer", "bias"])}')
+        if k not in defaults:
+            raise ValueError(f'init_cfg {kind} has no setting '
+                             f'{k!r}{nearest(k, [*defaults, "layer", "bias"])}')
     bias = cfg.get('bias', 0) if cfg.get('bias_prob') is None else bias_init_with_prob(cfg['bias_prob'])
     return lambda w: rule(w, **{**defaults, **own}), bias
 
@@ -94,14 +98,16 @@ def is_a(
 # %% ../../nbs/03_layers/00_initialize.ipynb #66144e43
 def override_parts(
     module:nn.Module, # has the named parts
-    cfg:dict,         # its `override`: one or many of `dict(name=, type=, ...)`; without `type`, the rule of `cfg`
+    # its `override`: one or many of `dict(name=, type=, ...)`; without `type`, the rule of `cfg`
+    cfg:dict,
 )->int:               # layers filled
     "Apply a rule to everything in the parts that it names."
     filled = 0
     for o in as_list(cfg.get('override')):
         if not hasattr(module, o.get('name', '')):
             names = [n for n,_ in module.named_children()]
-            raise ValueError(f"init_cfg override: {type(module).__name__} has no part {o.get('name')!r}{nearest(o.get('name'), names)}")
+            raise ValueError(f"init_cfg override: {type(module).__name__} has no part "
+                             f"{o.get('name')!r}{nearest(o.get('name'), names)}")
         rule = read_rule(o if 'type' in o else {**cfg, **o})
         filled += sum(fill_layer(m, *rule) for m in getattr(module, o['name']).modules())
     return filled
@@ -109,7 +115,9 @@ def override_parts(
 # %% ../../nbs/03_layers/00_initialize.ipynb #855e378e
 def initialize(
     module:nn.Module, # its weights are overwritten in place
-    init_cfg,         # rule, list of rules in the order in which they act, or None; `Pretrained` is left to `load_pretrained`
+    # rule, list of rules in the order in which they act,
+    # or None; `Pretrained` is left to `load_pretrained`
+    init_cfg,
 )->int:               # layers filled (twice, if two rules met it)
     "Fill the weights of a module as its `init_cfg` says."
     filled = 0
@@ -117,7 +125,8 @@ def initialize(
         if cfg.get('type') == 'Pretrained': continue
         rule,layers = read_rule(cfg),as_list(cfg.get('layer'))
         if not layers and not cfg.get('override'):
-            warnings.warn(f'init_cfg={cfg} names no layer: as in the zoo, nothing is filled. Add layer=.')
+            warnings.warn(f'init_cfg={cfg} names no layer: as in the zoo, nothing is filled. Add '
+                          'layer=.')
         filled += sum(fill_layer(m, *rule) for m in module.modules() if is_a(m, layers))
         filled += override_parts(module, cfg)
     return filled

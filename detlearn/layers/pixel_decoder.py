@@ -27,7 +27,8 @@ def side_convs(
     "1×1 for what comes from the side, 3×3 for the sum."
     kw = dict(bias=norm_cfg is None, norm_cfg=norm_cfg)
     lateral = nn.ModuleList(ConvModule(c, feat_channels, 1, act_cfg=None, **kw) for c in channels)
-    output = nn.ModuleList(ConvModule(feat_channels, feat_channels, 3, padding=1, act_cfg=act_cfg, **kw) for _ in channels)
+    output = nn.ModuleList(ConvModule(feat_channels, feat_channels, 3, padding=1, act_cfg=act_cfg, **kw)
+                           for _ in channels)
     return lateral,output
 
 def descend(
@@ -61,8 +62,10 @@ class PixelDecoder(nn.Module):
     ):
         super().__init__()
         self.in_channels = list(in_channels)
-        self.lateral_convs,self.output_convs = side_convs(in_channels[:-1], feat_channels, norm_cfg, act_cfg)
-        self.build_top(in_channels[-1], feat_channels, dict(padding=1, bias=norm_cfg is None, norm_cfg=norm_cfg, act_cfg=act_cfg))
+        self.lateral_convs,self.output_convs = side_convs(in_channels[:-1], feat_channels, norm_cfg,
+                                                          act_cfg)
+        self.build_top(in_channels[-1], feat_channels,
+                       dict(padding=1, bias=norm_cfg is None, norm_cfg=norm_cfg, act_cfg=act_cfg))
         self.mask_feature = nn.Conv2d(feat_channels, out_channels, 3, padding=1)
         initialize(self, C2)
 
@@ -83,7 +86,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self,
         feats,             # maps, finest first
-        padding_mask=None, # `(B, H, W)`, nonzero where there is no picture, at any resolution; None: picture everywhere
+        # `(B, H, W)`, nonzero where there is no picture, at any resolution; None: picture everywhere
+        padding_mask=None,
     )->tuple:              # `mask_feature (B, out_channels, H/4, W/4)`, map for the queries
         "From coarse to fine."
         y,memory = self.top(feats[-1], padding_mask)
@@ -105,7 +109,8 @@ def mask_at(
 )->Tensor:        # `(B, h, w)` bool
     "The padding at the size of a map."
     if padding_mask is None: return torch.zeros_like(x[:, 0], dtype=torch.bool)
-    return F.interpolate(padding_mask[:, None].to(torch.float32), size=x.shape[-2:], mode='nearest')[:, 0].to(torch.bool)
+    return F.interpolate(padding_mask[:, None].to(torch.float32), size=x.shape[-2:],
+                         mode='nearest')[:, 0].to(torch.bool)
 
 # %% ../../nbs/03_layers/13_pixel_decoder.ipynb #492ed065
 @PLUGIN_LAYERS.register_module()
@@ -118,15 +123,20 @@ class TransformerEncoderPixelDecoder(PixelDecoder):
         norm_cfg=dict(type='GN', num_groups=32), # recipe of the norms
         act_cfg=dict(type='ReLU'), # recipe of the activation
         encoder=None,         # a stack, or its recipe; its tokens have `feat_channels`
-        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True), # a part, or its recipe
-        init_cfg=None,        # accepted: convolutions start as in Caffe2, the encoder's matrices as Xavier has it
+        # a part, or its recipe
+        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True),
+        # accepted: convolutions start as in Caffe2, the encoder's matrices as Xavier has it
+        init_cfg=None,
     ):
         super().__init__(in_channels, feat_channels, out_channels, norm_cfg, act_cfg)
-        if encoder is None: raise ValueError('TransformerEncoderPixelDecoder needs an encoder; without one, PixelDecoder does')
+        if encoder is None:
+            raise ValueError('TransformerEncoderPixelDecoder needs an encoder; without one, '
+                             'PixelDecoder does')
         self.encoder = TRANSFORMER_LAYER_SEQUENCE.build(encoder)
         self.positional_encoding = POSITIONAL_ENCODING.build(positional_encoding)
         if self.encoder.embed_dims != feat_channels:
-            raise ValueError(f'feat_channels={feat_channels}, but the tokens of the encoder have {self.encoder.embed_dims} channels')
+            raise ValueError(f'feat_channels={feat_channels}, but the tokens of the encoder have '
+                             f'{self.encoder.embed_dims} channels')
         start_matrices(self.encoder)
 
     def build_top(self,
@@ -146,13 +156,16 @@ class TransformerEncoderPixelDecoder(PixelDecoder):
         mask = mask_at(padding_mask, x)
         pos,tokens = as_tokens(self.positional_encoding(mask)),as_tokens(self.encoder_in_proj(x))
         nobody = None if padding_mask is None else mask.flatten(1)
-        memory = as_map(self.encoder(tokens, None, None, query_pos=pos, query_key_padding_mask=nobody), x.shape[-2:])
+        memory = as_map(self.encoder(tokens, None, None, query_pos=pos, query_key_padding_mask=nobody),
+                        x.shape[-2:])
         return self.encoder_out_proj(memory),memory
 
 # %% ../../nbs/03_layers/13_pixel_decoder.ipynb #b383c3a9
 DEFORMABLE = dict(type='DetrTransformerEncoder', num_layers=6, transformerlayers=dict(
-    type='BaseTransformerLayer', feedforward_channels=1024, ffn_dropout=0., operation_order=('self_attn', 'norm', 'ffn', 'norm'),
-    attn_cfgs=dict(type='MultiScaleDeformableAttention', embed_dims=256, num_heads=8, num_levels=3, num_points=4, dropout=0., batch_first=False)))
+    type='BaseTransformerLayer', feedforward_channels=1024, ffn_dropout=0.,
+    operation_order=('self_attn', 'norm', 'ffn', 'norm'),
+    attn_cfgs=dict(type='MultiScaleDeformableAttention', embed_dims=256, num_heads=8, num_levels=3,
+                   num_points=4, dropout=0., batch_first=False)))
 
 def level_tokens(
     feats,     # maps to encode, coarsest first
@@ -163,7 +176,8 @@ def level_tokens(
     "Several maps as one row of tokens."
     maps = [conv(x) for conv,x in zip(convs, feats)]
     pos = [position(mask_at(None, x)) + v[:, None, None] for x,v in zip(maps, level)]
-    return torch.cat([*map(as_tokens, maps)]),torch.cat([*map(as_tokens, pos)]),[tuple(x.shape[-2:]) for x in maps]
+    return (torch.cat([*map(as_tokens, maps)]),torch.cat([*map(as_tokens, pos)]),
+            [tuple(x.shape[-2:]) for x in maps])
 
 def start_encoder(
     encoder, # changed in place
@@ -185,18 +199,23 @@ class MSDeformAttnPixelDecoder(nn.Module):
         num_outs:int=3,         # maps for the queries
         norm_cfg=dict(type='GN', num_groups=32), # recipe of the norms
         act_cfg=dict(type='ReLU'), # recipe of the activation
-        encoder=DEFORMABLE,     # a stack of deformable attention, or its recipe; it tells how many levels are encoded
-        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True), # a part, or its recipe
+        # a stack of deformable attention, or its recipe; it tells how many levels are encoded
+        encoder=DEFORMABLE,
+        # a part, or its recipe
+        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True),
         init_cfg=None,          # accepted: see `start_encoder`
     ):
         super().__init__()
         encoder = TRANSFORMER_LAYER_SEQUENCE.build(encoder)
-        self.num_encoder_levels,self.num_outs = getattr(encoder.layers[0].attentions[0], 'num_levels', 0),num_outs
+        self.num_encoder_levels = getattr(encoder.layers[0].attentions[0], 'num_levels', 0)
+        self.num_outs = num_outs
         if not 1 <= self.num_encoder_levels <= len(in_channels):
-            raise ValueError(f'MSDeformAttnPixelDecoder: the encoder is made for {self.num_encoder_levels} levels, there are {len(in_channels)}; '
+            raise ValueError(f'MSDeformAttnPixelDecoder: the encoder is made for '
+                             f'{self.num_encoder_levels} levels, there are {len(in_channels)}; '
                              'use MultiScaleDeformableAttention with num_levels up to that')
         top,sides = in_channels[:-self.num_encoder_levels-1:-1],in_channels[:-self.num_encoder_levels]
-        self.input_convs = nn.ModuleList(ConvModule(c, feat_channels, 1, norm_cfg=norm_cfg, act_cfg=None, bias=True) for c in top)
+        self.input_convs = nn.ModuleList(ConvModule(c, feat_channels, 1, norm_cfg=norm_cfg, act_cfg=None,
+                                                    bias=True) for c in top)
         self.encoder,self.postional_encoding = encoder,POSITIONAL_ENCODING.build(positional_encoding)
         self.level_encoding = nn.Embedding(self.num_encoder_levels, feat_channels)
         self.lateral_convs,self.output_convs = side_convs(sides, feat_channels, norm_cfg, act_cfg)
@@ -209,9 +228,11 @@ class MSDeformAttnPixelDecoder(nn.Module):
     )->tuple:  # `mask_feature (B, out_channels, H/4, W/4)`, list of `num_outs` maps, coarsest first
         "Mix the coarse levels, then go down."
         n = self.num_encoder_levels
-        tokens,pos,sizes = level_tokens(feats[:-n-1:-1], self.input_convs, self.postional_encoding, self.level_encoding.weight)
+        tokens,pos,sizes = level_tokens(feats[:-n-1:-1], self.input_convs, self.postional_encoding,
+                                        self.level_encoding.weight)
         middles = cell_middles(sizes, pos).expand(tokens.shape[1], -1, -1, -1)
-        tokens = self.encoder(tokens, None, None, query_pos=pos, reference_points=middles, spatial_shapes=sizes)
+        tokens = self.encoder(tokens, None, None, query_pos=pos, reference_points=middles,
+                              spatial_shapes=sizes)
         maps = [as_map(t, size) for t,size in zip(tokens.split([h*w for h,w in sizes]), sizes)]
         maps += descend(maps[-1], feats[:-n], self.lateral_convs, self.output_convs, 'bilinear')
         return self.mask_feature(maps[-1]),maps[:self.num_outs]

@@ -53,8 +53,11 @@ class SinePositionalEncoding(nn.Module):
         init_cfg=None,         # accepted: there are no weights
     ):
         super().__init__()
-        if num_feats % 2: raise ValueError(f'SinePositionalEncoding: num_feats={num_feats} must be even: each hand is a sine and a cosine')
-        if normalize and not isinstance(scale, (int, float)): raise TypeError(f'SinePositionalEncoding: scale={scale!r} must be a number')
+        if num_feats % 2:
+            raise ValueError(f'SinePositionalEncoding: num_feats={num_feats} must be even: each hand is '
+                             'a sine and a cosine')
+        if normalize and not isinstance(scale, (int, float)):
+            raise TypeError(f'SinePositionalEncoding: scale={scale!r} must be a number')
         self.num_feats,self.temperature = num_feats,temperature
         self.places = dict(normalize=normalize, scale=scale, eps=eps, offset=offset)
 
@@ -62,7 +65,8 @@ class SinePositionalEncoding(nn.Module):
         mask, # `(B, H, W)`: nonzero where there is no picture
     )->Tensor: # `(B, 2·num_feats, H, W)` float32: y, then x
         "The waves of both axes."
-        y,x = (waves_of(at, self.num_feats, self.temperature) for at in count_places(mask, **self.places))
+        y,x = (waves_of(at, self.num_feats, self.temperature)
+               for at in count_places(mask, **self.places))
         return torch.cat([y, x], -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/03_layers/10_positional_encoding.ipynb #63536025
@@ -76,7 +80,8 @@ class LearnedPositionalEncoding(nn.Module):
         init_cfg=dict(type='Uniform', layer='Embedding'), # how the vectors start
     ):
         super().__init__()
-        self.row_embed,self.col_embed = nn.Embedding(row_num_embed, num_feats),nn.Embedding(col_num_embed, num_feats)
+        self.row_embed = nn.Embedding(row_num_embed, num_feats)
+        self.col_embed = nn.Embedding(col_num_embed, num_feats)
         initialize(self, init_cfg)
 
     def forward(self,
@@ -85,6 +90,7 @@ class LearnedPositionalEncoding(nn.Module):
         "The vectors of column and row of each cell."
         (B,h,w),rows,cols = mask.shape,self.row_embed.weight,self.col_embed.weight
         if h > len(rows) or w > len(cols):
-            raise ValueError(f'a map of {h} rows and {w} columns: there are vectors for {len(rows)} and {len(cols)}; raise row_num_embed, col_num_embed')
+            raise ValueError(f'a map of {h} rows and {w} columns: there are vectors for {len(rows)} and '
+                             f'{len(cols)}; raise row_num_embed, col_num_embed')
         pos = torch.cat([cols[:w].expand(h, -1, -1), rows[:h, None].expand(-1, w, -1)], -1)
         return pos.permute(2, 0, 1).expand(B, -1, -1, -1)

@@ -22,7 +22,8 @@ def point_sample(
     wide = torch.promote_types(torch.promote_types(input.dtype, points.dtype), torch.float32)
     places = 2*(points[:, :, None] if row else points).to(wide) - 1
     with torch.autocast(input.device.type, enabled=False):
-        out = F.grid_sample(input.to(wide), places, align_corners=align_corners, **kwargs).to(input.dtype)
+        out = F.grid_sample(input.to(wide), places, align_corners=align_corners,
+                            **kwargs).to(input.dtype)
     return out[..., 0] if row else out
 
 # %% ../../nbs/03_layers/14_sampling.ipynb #fe4f69e2
@@ -39,14 +40,18 @@ def rel_roi_point_to_rel_img_point(
     return torch.stack([at[..., 0]/w, at[..., 1]/h], -1)*spatial_scale
 
 # %% ../../nbs/03_layers/14_sampling.ipynb #a7a3bf96
-CORNER_POOLS = dict(bottom=(2, False), left=(3, True), right=(3, False), top=(2, True))  # mode: axis, and whether from its end
+# mode: axis, and whether from its end
+CORNER_POOLS = dict(bottom=(2, False), left=(3, True), right=(3, False), top=(2, True))
 
 def corner_pool(
     x,    # `(B, C, H, W)`
-    mode, # `'top'`: the largest at or below a cell; `'bottom'`: at or above; `'left'`: at or right; `'right'`: at or left
+    # `'top'`: the largest at or below a cell; `'bottom'`: at
+    # or above; `'left'`: at or right; `'right'`: at or left
+    mode,
 )->Tensor: # same shape
     "A running maximum to one side."
-    if mode not in CORNER_POOLS: raise ValueError(f'corner_pool: mode={mode!r}; choose from {list(CORNER_POOLS)}')
+    if mode not in CORNER_POOLS:
+        raise ValueError(f'corner_pool: mode={mode!r}; choose from {list(CORNER_POOLS)}')
     axis,from_end = CORNER_POOLS[mode]
     return x.flip(axis).cummax(axis).values.flip(axis) if from_end else x.cummax(axis).values
 
@@ -56,7 +61,8 @@ class CornerPool(nn.Module):
         mode, # see `corner_pool`
     ):
         super().__init__()
-        if mode not in CORNER_POOLS: raise ValueError(f'CornerPool: mode={mode!r}; choose from {list(CORNER_POOLS)}')
+        if mode not in CORNER_POOLS:
+            raise ValueError(f'CornerPool: mode={mode!r}; choose from {list(CORNER_POOLS)}')
         self.mode = mode
 
     def forward(self,

@@ -60,8 +60,10 @@ class CBAM(nn.Module):
     ):
         super().__init__()
         less = max(int(in_channels/ratio), 1)
-        self.conv1,self.conv2 = ConvModule(in_channels, less, 1, bias=False),ConvModule(less, in_channels, 1, bias=False, act_cfg=None)
-        self.spatial = ConvModule(2, 1, kernel_size, padding=kernel_size//2, bias=False, act_cfg=dict(type='Sigmoid'))
+        self.conv1 = ConvModule(in_channels, less, 1, bias=False)
+        self.conv2 = ConvModule(less, in_channels, 1, bias=False, act_cfg=None)
+        self.spatial = ConvModule(2, 1, kernel_size, padding=kernel_size//2, bias=False,
+                                  act_cfg=dict(type='Sigmoid'))
 
     def forward(self,
         x, # `(B, C, H, W)`
@@ -79,7 +81,8 @@ class DyReLU(nn.Module):
         channels:int,      # of the map
         ratio=4,           # the layer between has `channels/ratio`
         conv_cfg=None,     # recipe of the two 1×1
-        act_cfg=(dict(type='ReLU'), dict(type='HSigmoid', bias=3., divisor=6.)), # recipes of the two activations
+        # recipes of the two activations
+        act_cfg=(dict(type='ReLU'), dict(type='HSigmoid', bias=3., divisor=6.)),
         init_cfg=None,     # start of the weights
     ):
         super().__init__()

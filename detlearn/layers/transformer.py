@@ -17,7 +17,8 @@ from .conv_module import build_norm_layer, look_up
 from .attention import build_attention, build_feedforward_network, with_old_names
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #775622e7
-TRANSFORMER_LAYER,TRANSFORMER_LAYER_SEQUENCE,TRANSFORMER = map(Registry, ('transformer layer', 'transformer layer sequence', 'transformer'))
+TRANSFORMER_LAYER,TRANSFORMER_LAYER_SEQUENCE,TRANSFORMER = map(
+    Registry, ('transformer layer', 'transformer layer sequence', 'transformer'))
 
 def one_for_each(
     cfg,       # a recipe for all, or one recipe each
@@ -26,7 +27,8 @@ def one_for_each(
 )->list:       # `n` recipes
     "A recipe for each part."
     cfgs = [dict(cfg) for _ in range(n)] if isinstance(cfg, dict) else [dict(c) for c in cfg or []]
-    if len(cfgs) != n: raise ValueError(f'{what}: {len(cfgs)} recipes for {n} parts; give one for all, or {n}')
+    if len(cfgs) != n:
+        raise ValueError(f'{what}: {len(cfgs)} recipes for {n} parts; give one for all, or {n}')
     return cfgs
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #a0493655
@@ -40,29 +42,34 @@ def build_steps(
     batch_first:bool, # `(B, N, C)`: handed to the attentions
 )->tuple:             # `(attentions, ffns, norms)`, each a `ModuleList`
     "The parts of a layer, of each kind as many as the order names."
-    if not order or set(order) - set(STEPS): raise ValueError(f'operation_order={order}: a tuple of {STEPS}')
+    if not order or set(order) - set(STEPS):
+        raise ValueError(f'operation_order={order}: a tuple of {STEPS}')
     attns = one_for_each(attn_cfgs, sum(s.endswith('attn') for s in order), 'attn_cfgs')
     for a in attns:
         if a.setdefault('batch_first', batch_first) != batch_first:
-            raise ValueError(f"batch_first={batch_first} in the layer, {a['batch_first']} in attn_cfgs; they must agree")
+            raise ValueError(f"batch_first={batch_first} in the layer, {a['batch_first']} in attn_cfgs; "
+                             "they must agree")
     attns = nn.ModuleList(map(build_attention, attns))
     width = attns[0].embed_dims if len(attns) else None
     ffns = one_for_each(ffn_cfgs, order.count('ffn'), 'ffn_cfgs')
     for f in ffns:
         if width and f.setdefault('embed_dims', width) != width:
-            raise ValueError(f"ffn_cfgs: embed_dims={f['embed_dims']}, but the attention gives {width}; set it, or leave it out of your recipe")
+            raise ValueError(f"ffn_cfgs: embed_dims={f['embed_dims']}, but the attention gives {width}; "
+                             "set it, or leave it out of your recipe")
     norms = [build_norm_layer(norm_cfg, width or ffns[0]['embed_dims'])[1] for s in order if s == 'norm']
     return attns,nn.ModuleList(map(build_feedforward_network, ffns)),nn.ModuleList(norms)
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #f1d701c5
-OLD_FFN = dict(feedforward_channels='feedforward_channels', ffn_dropout='ffn_drop', ffn_num_fcs='num_fcs')
+OLD_FFN = dict(feedforward_channels='feedforward_channels', ffn_dropout='ffn_drop',
+               ffn_num_fcs='num_fcs')
 
 def masks_for(
     attn_masks, # None, one mask for all, or a list with one for each (None: no mask)
     n:int,      # attentions
 )->list:        # `n` masks
     "A mask for each attention."
-    masks = [attn_masks]*n if attn_masks is None or isinstance(attn_masks, torch.Tensor) else list(attn_masks)
+    masks = ([attn_masks]*n if attn_masks is None or isinstance(attn_masks, torch.Tensor)
+             else list(attn_masks))
     if len(masks) != n: raise ValueError(f'attn_masks: {len(masks)} masks for {n} attentions')
     return masks
 
@@ -72,21 +79,27 @@ class BaseTransformerLayer(nn.Module):
     "Attentions, networks and norms in any order."
     def __init__(self,
         attn_cfgs=None,         # recipe, or one for each attention
-        ffn_cfgs=dict(type='FFN', embed_dims=256, feedforward_channels=1024, num_fcs=2, ffn_drop=0., # recipe, or one for each
+        # recipe, or one for each
+        ffn_cfgs=dict(type='FFN', embed_dims=256, feedforward_channels=1024, num_fcs=2, ffn_drop=0.,
                       act_cfg=dict(type='ReLU', inplace=True)),
         operation_order=None,   # tuple of `STEPS`
         norm_cfg=dict(type='LN'), # recipe of the norms
         init_cfg=None,          # accepted: the parts start as they do
         batch_first:bool=False, # `(B, N, C)` in place of `(N, B, C)`
-        **kwargs,               # `feedforward_channels`, `ffn_dropout`, `ffn_num_fcs`: put into `ffn_cfgs`
+        # `feedforward_channels`, `ffn_dropout`, `ffn_num_fcs`: put into `ffn_cfgs`
+        **kwargs,
     ):
         super().__init__()
         mine = {OLD_FFN[k]: v for k,v in kwargs.items() if k in OLD_FFN}
         with_old_names(kwargs, {}, type(self).__name__, OLD_FFN)
         ffn_cfgs = {**ffn_cfgs, **mine} if isinstance(ffn_cfgs, dict) else ffn_cfgs
-        self.attentions,self.ffns,self.norms = build_steps(operation_order, attn_cfgs, ffn_cfgs, norm_cfg, batch_first)
-        self.operation_order,self.pre_norm,self.batch_first = tuple(operation_order),operation_order[0] == 'norm',batch_first
-        self.embed_dims = self.attentions[0].embed_dims if len(self.attentions) else self.ffns[0].embed_dims
+        self.attentions,self.ffns,self.norms = build_steps(operation_order, attn_cfgs, ffn_cfgs,
+                                                           norm_cfg, batch_first)
+        self.operation_order = tuple(operation_order)
+        self.pre_norm = operation_order[0] == 'norm'
+        self.batch_first = batch_first
+        self.embed_dims = (self.attentions[0].embed_dims if len(self.attentions)
+                           else self.ffns[0].embed_dims)
 
     def forward(self,
         query,          # `(Q, B, C)`
@@ -100,25 +113,32 @@ class BaseTransformerLayer(nn.Module):
         **kwargs,       # handed to every attention
     )->Tensor:          # `(Q, B, C)`
         "The steps in their order."
-        attns,ffns,norms = zip(self.attentions, masks_for(attn_masks, len(self.attentions))),iter(self.ffns),iter(self.norms)
+        attns = zip(self.attentions, masks_for(attn_masks, len(self.attentions)))
+        ffns,norms = iter(self.ffns),iter(self.norms)
         identity = query
         for step in self.operation_order:
             before = identity if self.pre_norm else None
             if step == 'norm': query = next(norms)(query); continue
-            if step == 'ffn': query = next(ffns)(query, before); continue      # `identity` stays, as in the zoo
+            # `identity` stays, as in the zoo
+            if step == 'ffn': query = next(ffns)(query, before); continue
             attn,mask = next(attns)
-            k,v,pos,nobody = (query, query, query_pos, query_key_padding_mask) if step == 'self_attn' else (key, value, key_pos, key_padding_mask)
-            query = identity = attn(query, k, v, before, query_pos=query_pos, key_pos=pos, attn_mask=mask, key_padding_mask=nobody, **kwargs)
+            k,v,pos,nobody = ((query, query, query_pos, query_key_padding_mask) if step == 'self_attn'
+                              else (key, value, key_pos, key_padding_mask))
+            query = identity = attn(query, k, v, before, query_pos=query_pos, key_pos=pos,
+                                    attn_mask=mask, key_padding_mask=nobody, **kwargs)
         return query
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #c2caee1b
 def build_transformer_layers(
-    cfg,           # recipe of a layer (its `type` is `'BaseTransformerLayer'` where it says nothing), or one recipe each
+    # recipe of a layer (its `type` is `'BaseTransformerLayer'`
+    # where it says nothing), or one recipe each
+    cfg,
     n:int,         # how many
 )->nn.ModuleList:  # `n` layers
     "The layers of a stack, from their recipes."
     if not n: raise ValueError(f'num_layers={n}: a stack needs at least one layer')
-    found = [look_up(TRANSFORMER_LAYER, {'type': 'BaseTransformerLayer', **c}, 'transformerlayers') for c in one_for_each(cfg, n, 'transformerlayers')]
+    found = [look_up(TRANSFORMER_LAYER, {'type': 'BaseTransformerLayer', **c}, 'transformerlayers')
+             for c in one_for_each(cfg, n, 'transformerlayers')]
     return nn.ModuleList(cls(**kw) for cls,kw in found)
 
 @TRANSFORMER_LAYER_SEQUENCE.register_module()
@@ -153,7 +173,8 @@ class DetrTransformerEncoder(TransformerLayerSequence):
         **kwargs,                      # see `TransformerLayerSequence`
     ):
         super().__init__(*args, **kwargs)
-        if self.pre_norm and post_norm_cfg is None: raise ValueError('DetrTransformerEncoder: pre-norm layers need a post_norm_cfg')
+        if self.pre_norm and post_norm_cfg is None:
+            raise ValueError('DetrTransformerEncoder: pre-norm layers need a post_norm_cfg')
         self.post_norm = build_norm_layer(post_norm_cfg, self.embed_dims)[1] if self.pre_norm else None
 
     def forward(self,
@@ -172,15 +193,19 @@ class DetrTransformerDecoderLayer(BaseTransformerLayer):
         feedforward_channels:int,     # inside the network
         ffn_dropout:float=0.,         # dropout of the network
         operation_order=None,         # six steps of all four kinds
-        act_cfg=dict(type='ReLU', inplace=True), # not used, as in the zoo: the activation stands in `ffn_cfgs`
+        # not used, as in the zoo: the activation stands in `ffn_cfgs`
+        act_cfg=dict(type='ReLU', inplace=True),
         norm_cfg=dict(type='LN'),     # recipe of the norms
         ffn_num_fcs:int=2,            # linear layers of the network
         **kwargs,                     # see `BaseTransformerLayer`
     ):
         if len(operation_order or ()) != 6 or set(operation_order) != set(STEPS):
-            raise ValueError(f'DetrTransformerDecoderLayer: operation_order={operation_order}; six steps of all four kinds are needed')
-        if act_cfg['type'] != 'ReLU': warnings.warn(f'act_cfg={act_cfg} is not used, as in the zoo; set it in ffn_cfgs')
-        super().__init__(attn_cfgs, operation_order=operation_order, norm_cfg=norm_cfg, feedforward_channels=feedforward_channels,
+            raise ValueError(f'DetrTransformerDecoderLayer: operation_order={operation_order}; six '
+                             'steps of all four kinds are needed')
+        if act_cfg['type'] != 'ReLU':
+            warnings.warn(f'act_cfg={act_cfg} is not used, as in the zoo; set it in ffn_cfgs')
+        super().__init__(attn_cfgs, operation_order=operation_order, norm_cfg=norm_cfg,
+                         feedforward_channels=feedforward_channels,
                          ffn_dropout=ffn_dropout, ffn_num_fcs=ffn_num_fcs, **kwargs)
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #5a3e8937
@@ -195,19 +220,22 @@ class DetrTransformerDecoder(TransformerLayerSequence):
     ):
         super().__init__(*args, **kwargs)
         self.return_intermediate = return_intermediate
-        self.post_norm = None if post_norm_cfg is None else build_norm_layer(post_norm_cfg, self.embed_dims)[1]
+        self.post_norm = (None if post_norm_cfg is None
+                          else build_norm_layer(post_norm_cfg, self.embed_dims)[1])
 
     def forward(self,
         query,    # `(Q, B, C)`
         *args,    # `key`, `value`
         **kwargs, # see `BaseTransformerLayer`
-    )->Tensor:    # `(layers, Q, B, C)`, one layer without `return_intermediate`; without a norm too, `(Q, B, C)`
+        # `(layers, Q, B, C)`, one layer without `return_intermediate`; without a norm too, `(Q, B, C)`
+    )->Tensor:
         "The queries after the layers, normalised; the next layer gets them as they are."
         found = []
         for layer in self.layers:
             query = layer(query, *args, **kwargs)
             found.append(query)
-        if self.return_intermediate: return torch.stack([q if self.post_norm is None else self.post_norm(q) for q in found])
+        if self.return_intermediate:
+            return torch.stack([q if self.post_norm is None else self.post_norm(q) for q in found])
         return query if self.post_norm is None else self.post_norm(query)[None]
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #dd121488
@@ -253,7 +281,9 @@ class Transformer(nn.Module):
         pos_embed,   # `(B, C, H, W)`
     )->tuple:        # queries `(layers, B, Q, C)`, map `(B, C, H, W)`
         "Encode the map, let the queries ask it."
-        pos,mask,queries = as_tokens(pos_embed),mask.flatten(1),query_embed[:, None].expand(-1, len(x), -1)
+        pos,mask,queries = (as_tokens(pos_embed),mask.flatten(1),
+                            query_embed[:, None].expand(-1, len(x), -1))
         memory = self.encoder(as_tokens(x), None, None, query_pos=pos, query_key_padding_mask=mask)
-        found = self.decoder(torch.zeros_like(queries), memory, memory, query_pos=queries, key_pos=pos, key_padding_mask=mask)
+        found = self.decoder(torch.zeros_like(queries), memory, memory, query_pos=queries, key_pos=pos,
+                             key_padding_mask=mask)
         return found.transpose(1, 2),as_map(memory, x.shape[-2:])

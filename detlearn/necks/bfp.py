@@ -35,19 +35,26 @@ class BFP(nn.Module):
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
         super().__init__()
-        if refine_type not in (None, 'conv', 'non_local'): raise ValueError(f"BFP: refine_type={refine_type!r}; choose None, 'conv' or 'non_local'")
-        if not 0 <= refine_level < num_levels: raise ValueError(f'BFP: refine_level={refine_level}; there are levels 0 to {num_levels-1}')
-        self.num_levels,self.refine_level,self.init_cfg,cfg = num_levels,refine_level,init_cfg,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+        if refine_type not in (None, 'conv', 'non_local'):
+            raise ValueError(f"BFP: refine_type={refine_type!r}; choose None, 'conv' or 'non_local'")
+        if not 0 <= refine_level < num_levels:
+            raise ValueError(f'BFP: refine_level={refine_level}; there are levels 0 to {num_levels-1}')
+        self.num_levels,self.refine_level = num_levels,refine_level
+        self.init_cfg = init_cfg
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
         self.refine = None
         if refine_type == 'conv': self.refine = ConvModule(in_channels, in_channels, 3, padding=1, **cfg)
-        if refine_type == 'non_local': self.refine = NonLocal2d(in_channels, reduction=1, use_scale=False, **{**cfg, 'conv_cfg': conv_cfg or dict(type='Conv2d')})
+        if refine_type == 'non_local':
+            self.refine = NonLocal2d(in_channels, reduction=1, use_scale=False,
+                                     **{**cfg, 'conv_cfg': conv_cfg or dict(type='Conv2d')})
         initialize(self, init_cfg)
 
     def forward(self,
         inputs,  # `num_levels` maps of one width, finest first
     )->tuple:    # same shapes
         "The mean of all levels, added to each."
-        if len(inputs) != self.num_levels: raise ValueError(f'BFP: {len(inputs)} maps for num_levels={self.num_levels}')
+        if len(inputs) != self.num_levels:
+            raise ValueError(f'BFP: {len(inputs)} maps for num_levels={self.num_levels}')
         r = self.refine_level
         size = inputs[r].shape[2:]
         mean = sum(meet(x, size, i >= r) for i,x in enumerate(inputs))/self.num_levels

@@ -21,7 +21,8 @@ def extra_bricks(
 )->nn.ModuleList:     # the layers, or None where there are none
     "A 3×3 of stride 2 for each extra level."
     if n < 1: return None
-    return nn.ModuleList(ConvModule(c, out_channels, 3, stride=2, padding=1, **kwargs) for c in [in_channels] + [out_channels]*(n-1))
+    return nn.ModuleList(ConvModule(c, out_channels, 3, stride=2, padding=1, **kwargs)
+                         for c in [in_channels] + [out_channels]*(n-1))
 
 def one_after_another(
     x,     # `(B, C, H, W)`
@@ -45,10 +46,15 @@ class ChannelMapper(nn.Module):
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
         super().__init__()
-        self.in_channels,self.num_outs,self.init_cfg = list(in_channels),num_outs or len(in_channels),init_cfg
+        self.in_channels = list(in_channels)
+        self.num_outs = num_outs or len(in_channels)
+        self.init_cfg = init_cfg
         n,cfg = len(in_channels),dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        if self.num_outs < n: raise ValueError(f'ChannelMapper: num_outs={num_outs} is less than the {n} maps of in_channels; leave out maps of the backbone by its out_indices')
-        self.convs = nn.ModuleList(ConvModule(c, out_channels, kernel_size, padding=(kernel_size-1)//2, **cfg) for c in in_channels)
+        if self.num_outs < n:
+            raise ValueError(f'ChannelMapper: num_outs={num_outs} is less than the {n} maps of '
+                             'in_channels; leave out maps of the backbone by its out_indices')
+        self.convs = nn.ModuleList(ConvModule(c, out_channels, kernel_size, padding=(kernel_size-1)//2,
+                                              **cfg) for c in in_channels)
         self.extra_convs = extra_bricks(in_channels[-1], out_channels, self.num_outs-n, **cfg)
         initialize(self, init_cfg)
 
@@ -57,4 +63,5 @@ class ChannelMapper(nn.Module):
     )->tuple:    # `num_outs` maps, finest first
         "Each map by itself; the first extra level reads the last input."
         take_maps(self, inputs)
-        return tuple([conv(x) for conv,x in zip(self.convs, inputs)] + one_after_another(inputs[-1], self.extra_convs))
+        return tuple([conv(x) for conv,x in zip(self.convs, inputs)]
+                     + one_after_another(inputs[-1], self.extra_convs))

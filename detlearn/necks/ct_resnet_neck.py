@@ -43,12 +43,15 @@ class CTResNetNeck(nn.Module):
     ):
         super().__init__()
         if len(num_deconv_filters) != len(num_deconv_kernels):
-            raise ValueError(f'CTResNetNeck: {len(num_deconv_filters)} num_deconv_filters, but {len(num_deconv_kernels)} num_deconv_kernels; give one of each for a doubling')
+            raise ValueError(f'CTResNetNeck: {len(num_deconv_filters)} num_deconv_filters, but '
+                             f'{len(num_deconv_kernels)} num_deconv_kernels; give one of each for a '
+                             'doubling')
         self.use_dcn,self.init_cfg,bn = use_dcn,init_cfg,dict(type='BN')
         conv_cfg,layers,c = dict(type='DCNv2') if use_dcn else None,[],in_channel
         for out,k in zip(num_deconv_filters, num_deconv_kernels):
             layers.append(ConvModule(c, out, 3, padding=1, conv_cfg=conv_cfg, norm_cfg=bn))
-            layers.append(ConvModule(out, out, k, stride=2, padding=1, conv_cfg=dict(type=nn.ConvTranspose2d), norm_cfg=bn))
+            layers.append(ConvModule(out, out, k, stride=2, padding=1,
+                                     conv_cfg=dict(type=nn.ConvTranspose2d), norm_cfg=bn))
             c = out
         self.deconv_layers = nn.Sequential(*layers)
         for m in self.modules():

@@ -22,7 +22,8 @@ class DilatedBottleneck(nn.Module):
     ):
         super().__init__()
         self.conv1 = ConvModule(in_channels, mid_channels, 1, norm_cfg=norm_cfg)
-        self.conv2 = ConvModule(mid_channels, mid_channels, 3, padding=dilation, dilation=dilation, norm_cfg=norm_cfg)
+        self.conv2 = ConvModule(mid_channels, mid_channels, 3, padding=dilation, dilation=dilation,
+                                norm_cfg=norm_cfg)
         self.conv3 = ConvModule(mid_channels, in_channels, 1, norm_cfg=norm_cfg)
 
     def forward(self,
@@ -43,11 +44,17 @@ class DilatedEncoder(nn.Module):
         block_dilations:list,     # distance of the nine cells of each block
     ):
         super().__init__()
-        if len(block_dilations) != num_residual_blocks: raise ValueError(f'DilatedEncoder: {len(block_dilations)} block_dilations for num_residual_blocks={num_residual_blocks}')
-        self.lateral_conv,self.lateral_norm = nn.Conv2d(in_channels, out_channels, 1),nn.BatchNorm2d(out_channels)
-        self.fpn_conv,self.fpn_norm = nn.Conv2d(out_channels, out_channels, 3, padding=1),nn.BatchNorm2d(out_channels)
-        self.dilated_encoder_blocks = nn.Sequential(*[DilatedBottleneck(out_channels, block_mid_channels, d) for d in block_dilations])
-        for conv in (self.lateral_conv, self.fpn_conv): initialize(conv, dict(type='Caffe2Xavier', layer='Conv2d'))
+        if len(block_dilations) != num_residual_blocks:
+            raise ValueError(f'DilatedEncoder: {len(block_dilations)} block_dilations for '
+                             f'num_residual_blocks={num_residual_blocks}')
+        self.lateral_conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.lateral_norm = nn.BatchNorm2d(out_channels)
+        self.fpn_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.fpn_norm = nn.BatchNorm2d(out_channels)
+        self.dilated_encoder_blocks = nn.Sequential(
+            *[DilatedBottleneck(out_channels, block_mid_channels, d) for d in block_dilations])
+        for conv in (self.lateral_conv, self.fpn_conv):
+            initialize(conv, dict(type='Caffe2Xavier', layer='Conv2d'))
         initialize(self.dilated_encoder_blocks, dict(type='Normal', std=.01, layer='Conv2d'))
 
     def forward(self,

@@ -58,9 +58,12 @@ class DyHeadBlock(nn.Module):
         act_cfg=dict(type='HSigmoid', bias=3., divisor=6.), # recipe of the sigmoid of a level
     ):
         super().__init__()
-        self.spatial_conv_high,self.spatial_conv_mid = DyDCNv2(in_channels, out_channels),DyDCNv2(in_channels, out_channels)
-        self.spatial_conv_low,self.spatial_conv_offset = DyDCNv2(in_channels, out_channels, stride=2),nn.Conv2d(in_channels, 27, 3, padding=1)
-        self.scale_attn_module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(out_channels, 1, 1), nn.ReLU(inplace=True), build_activation_layer(act_cfg))
+        self.spatial_conv_high = DyDCNv2(in_channels, out_channels)
+        self.spatial_conv_mid = DyDCNv2(in_channels, out_channels)
+        self.spatial_conv_low = DyDCNv2(in_channels, out_channels, stride=2)
+        self.spatial_conv_offset = nn.Conv2d(in_channels, 27, 3, padding=1)
+        self.scale_attn_module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(out_channels, 1, 1),
+                                               nn.ReLU(inplace=True), build_activation_layer(act_cfg))
         self.task_attn_module = DyReLU(out_channels)
         initialize(self, dict(type='Normal', std=.01, layer='Conv2d'))
         if zero_init_offset:
@@ -78,7 +81,8 @@ class DyHeadBlock(nn.Module):
         if i > 0: parts.append(weighed(self.spatial_conv_low(maps[i-1], offset, mask)))
         if i < len(maps) - 1:
             high = self.spatial_conv_high(maps[i+1], offset, mask)
-            parts.append(weighed(F.interpolate(high, size=x.shape[2:], mode='bilinear', align_corners=True)))
+            parts.append(
+                weighed(F.interpolate(high, size=x.shape[2:], mode='bilinear', align_corners=True)))
         return self.task_attn_module(sum(parts)/len(parts))
 
     def forward(self,
@@ -99,9 +103,13 @@ class DyHead(nn.Module):
         init_cfg=None,               # start of the weights; default: small normal numbers
     ):
         super().__init__()
-        if out_channels % 16: raise ValueError(f'DyHead: out_channels={out_channels}; its norms have 16 groups, take a multiple of 16')
+        if out_channels % 16:
+            raise ValueError(f'DyHead: out_channels={out_channels}; its norms have 16 groups, take a '
+                             'multiple of 16')
         self.init_cfg = init_cfg
-        self.dyhead_blocks = nn.Sequential(*[DyHeadBlock(out_channels if i else in_channels, out_channels, zero_init_offset) for i in range(num_blocks)])
+        self.dyhead_blocks = nn.Sequential(
+            *[DyHeadBlock(out_channels if i else in_channels, out_channels, zero_init_offset)
+              for i in range(num_blocks)])
         initialize(self, init_cfg)
 
     def forward(self,

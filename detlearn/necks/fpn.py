@@ -21,7 +21,8 @@ def top_down(
     maps = list(laterals)
     for i in range(len(maps)-1, 0, -1):
         size = {} if 'scale_factor' in upsample_cfg else dict(size=maps[i-1].shape[2:])
-        maps[i-1] = F.interpolate(maps[i], **size, **upsample_cfg).add_(maps[i-1]) # into the fresh map: one less to write
+        # into the fresh map: one less to write
+        maps[i-1] = F.interpolate(maps[i], **size, **upsample_cfg).add_(maps[i-1])
     return maps
 
 # %% ../../nbs/05_necks/01_fpn.ipynb #e2953924
@@ -32,7 +33,9 @@ def used_levels(
 )->slice:            # of the maps
     "The maps that a neck uses."
     last = end_level if end_level >= 0 else levels + end_level
-    if not 0 <= start_level <= last < levels: raise ValueError(f'start_level={start_level}, end_level={end_level}: there are maps 0 to {levels-1}')
+    if not 0 <= start_level <= last < levels:
+        raise ValueError(f'start_level={start_level}, end_level={end_level}: there are maps 0 to '
+                         f'{levels-1}')
     return slice(start_level, last + 1)
 
 def take_maps(
@@ -40,7 +43,9 @@ def take_maps(
     inputs,  # maps of the backbone
 )->tuple:    # the same; a list stays one
     "As many maps as the neck was told."
-    if len(inputs) != len(neck.in_channels): raise ValueError(f'{type(neck).__name__}: {len(inputs)} maps for {len(neck.in_channels)} in_channels')
+    if len(inputs) != len(neck.in_channels):
+        raise ValueError(f'{type(neck).__name__}: {len(inputs)} maps for {len(neck.in_channels)} '
+                         'in_channels')
     return inputs
 
 # %% ../../nbs/05_necks/01_fpn.ipynb #39048e82
@@ -50,7 +55,8 @@ def extra_mode(
     "Where extra levels start; True is `'on_input'`."
     mode = {False: '', True: 'on_input'}.get(add_extra_convs, add_extra_convs)
     if mode not in ('', 'on_input', 'on_lateral', 'on_output'):
-        raise ValueError(f"FPN: add_extra_convs={add_extra_convs!r}; choose False, True, 'on_input', 'on_lateral' or 'on_output'")
+        raise ValueError(f"FPN: add_extra_convs={add_extra_convs!r}; choose False, True, 'on_input', "
+                         "'on_lateral' or 'on_output'")
     return mode
 
 # %% ../../nbs/05_necks/01_fpn.ipynb #5a36ca2b
@@ -71,17 +77,24 @@ class FPN(nn.Module):
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
         super().__init__()
-        self.in_channels,self.out_channels,self.num_outs,self.init_cfg = list(in_channels),out_channels,num_outs,init_cfg
+        self.in_channels,self.out_channels = list(in_channels),out_channels
+        self.num_outs,self.init_cfg = num_outs,init_cfg
         self.upsample_cfg,self.relu_before_extra_convs = dict(upsample_cfg),relu_before_extra_convs
         self.used = used_levels(len(in_channels), start_level, end_level)
         self.mode,used = extra_mode(add_extra_convs),self.in_channels[self.used]
-        if num_outs < len(used): raise ValueError(f'FPN: num_outs={num_outs}, but {len(used)} maps are used; raise it, or start_level')
+        if num_outs < len(used):
+            raise ValueError(f'FPN: num_outs={num_outs}, but {len(used)} maps are used; raise it, or '
+                             'start_level')
         cfg = dict(conv_cfg=conv_cfg, act_cfg=act_cfg, inplace=False)
-        self.lateral_convs = nn.ModuleList(ConvModule(c, out_channels, 1, norm_cfg=None if no_norm_on_lateral else norm_cfg, **cfg) for c in used)
+        self.lateral_convs = nn.ModuleList(ConvModule(c, out_channels, 1,
+                                                      norm_cfg=None if no_norm_on_lateral else norm_cfg,
+                                                      **cfg) for c in used)
         extras = num_outs - len(used) if self.mode else 0
         first = [used[-1] if self.mode == 'on_input' else out_channels]*(extras > 0)
-        self.fpn_convs = nn.ModuleList([ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=norm_cfg, **cfg) for _ in used] +
-            [ConvModule(c, out_channels, 3, stride=2, padding=1, norm_cfg=norm_cfg, **cfg) for c in first + [out_channels]*(extras-1)])
+        self.fpn_convs = nn.ModuleList([ConvModule(out_channels, out_channels, 3, padding=1,
+                                                   norm_cfg=norm_cfg, **cfg) for _ in used] +
+            [ConvModule(c, out_channels, 3, stride=2, padding=1, norm_cfg=norm_cfg, **cfg)
+             for c in first + [out_channels]*(extras-1)])
         initialize(self, init_cfg)
 
     def merged(self,
@@ -100,7 +113,8 @@ class FPN(nn.Module):
         for i in range(first, self.num_outs):
             if not self.mode: outs.append(F.max_pool2d(outs[-1], 1, stride=2)); continue
             x = source if i == first else outs[-1]
-            outs.append(self.fpn_convs[i](F.relu(x) if self.relu_before_extra_convs and i > first else x))
+            outs.append(self.fpn_convs[i](F.relu(x) if self.relu_before_extra_convs and i > first
+                                          else x))
         return tuple(outs)
 
     def forward(self,
@@ -109,4 +123,5 @@ class FPN(nn.Module):
         "Lateral, top-down, smooth, extend."
         used,laterals = self.merged(inputs)
         outs = [conv(x) for conv,x in zip(self.fpn_convs, laterals)]
-        return self.extend(outs, dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1]))
+        return self.extend(outs,
+                           dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1]))

@@ -43,8 +43,10 @@ class CARAFEPack(nn.Module):
         super().__init__()
         self.scale_factor,self.up_kernel,self.up_group = scale_factor,up_kernel,up_group
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
-        self.content_encoder = nn.Conv2d(compressed_channels, up_kernel**2*up_group*scale_factor**2, encoder_kernel,
-                                         padding=(encoder_kernel-1)*encoder_dilation//2, dilation=encoder_dilation)
+        self.content_encoder = nn.Conv2d(compressed_channels, up_kernel**2*up_group*scale_factor**2,
+                                         encoder_kernel,
+                                         padding=(encoder_kernel-1)*encoder_dilation//2,
+                                         dilation=encoder_dilation)
         self.start()
 
     def start(self):
@@ -74,7 +76,9 @@ class PixelShufflePack(nn.Module):
         upsample_kernel:int, # of the convolution, odd
     ):
         super().__init__()
-        self.scale_factor,self.upsample_conv = scale_factor,nn.Conv2d(channels, channels*scale_factor**2, upsample_kernel, padding=(upsample_kernel-1)//2)
+        self.scale_factor = scale_factor
+        self.upsample_conv = nn.Conv2d(channels, channels*scale_factor**2, upsample_kernel,
+                                       padding=(upsample_kernel-1)//2)
 
     def forward(self,
         x,   # `(B, C, H, W)`
@@ -85,17 +89,23 @@ class PixelShufflePack(nn.Module):
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #4cfe01cc
 def doubling(
     channels:int,  # of the map
-    upsample_cfg,  # `type`: `'nearest'`, `'bilinear'`, `'deconv'`, `'pixel_shuffle'` (both with `upsample_kernel`) or `'carafe'`
+    # `type`: `'nearest'`, `'bilinear'`, `'deconv'`,
+    # `'pixel_shuffle'` (both with `upsample_kernel`) or `'carafe'`
+    upsample_cfg,
 )->nn.Module:      # `(B, C, H, W)` to `(B, C, 2H, 2W)`
     "A layer that doubles a map."
     cfg = dict(upsample_cfg)
     kind,k = cfg.pop('type', None),cfg.pop('upsample_kernel', None)
     if kind not in ('nearest', 'bilinear', 'deconv', 'pixel_shuffle', 'carafe'):
-        raise ValueError(f"FPN_CARAFE: upsample_cfg type={kind!r}; choose 'nearest', 'bilinear', 'deconv', 'pixel_shuffle' or 'carafe'")
-    if kind in ('deconv', 'pixel_shuffle') and not k: raise ValueError(f'FPN_CARAFE: upsample_cfg type={kind!r} needs upsample_kernel, e.g. 3')
+        raise ValueError(f"FPN_CARAFE: upsample_cfg type={kind!r}; choose 'nearest', 'bilinear', "
+                         "'deconv', 'pixel_shuffle' or 'carafe'")
+    if kind in ('deconv', 'pixel_shuffle') and not k:
+        raise ValueError(f'FPN_CARAFE: upsample_cfg type={kind!r} needs upsample_kernel, e.g. 3')
     if kind == 'carafe': return CARAFEPack(channels, scale_factor=2, **cfg)
     if kind == 'pixel_shuffle': return PixelShufflePack(channels, 2, k)
-    if kind == 'deconv': return nn.ConvTranspose2d(channels, channels, k, stride=2, padding=(k-1)//2, output_padding=(k-1)//2)
+    if kind == 'deconv':
+        return nn.ConvTranspose2d(channels, channels, k, stride=2, padding=(k-1)//2,
+                                  output_padding=(k-1)//2)
     return nn.Upsample(scale_factor=2, mode=kind, align_corners=None if kind == 'nearest' else False)
 
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #3b435ad4
@@ -117,20 +127,27 @@ class FPN_CARAFE(nn.Module):
         start_level:int=0, end_level:int=-1, # first and last map that are used; -1: all
         norm_cfg=None, act_cfg=None, # recipes
         order=('conv', 'norm', 'act'), # of each brick
-        upsample_cfg=dict(type='carafe', up_kernel=5, up_group=1, encoder_kernel=3, encoder_dilation=1), # see `doubling`
+        # see `doubling`
+        upsample_cfg=dict(type='carafe', up_kernel=5, up_group=1, encoder_kernel=3, encoder_dilation=1),
         init_cfg=None,       # start of the weights; default: Xavier, and CARAFE's own
     ):
         super().__init__()
         self.in_channels,self.num_outs,self.init_cfg = list(in_channels),num_outs,init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used = self.in_channels[self.used]
-        if num_outs < len(used): raise ValueError(f'FPN_CARAFE: num_outs={num_outs}, but {len(used)} maps are used; raise it, or start_level')
-        brick = lambda c,k,stride=1: ConvModule(c, out_channels, k, stride, k//2, norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False, order=order)
+        if num_outs < len(used):
+            raise ValueError(f'FPN_CARAFE: num_outs={num_outs}, but {len(used)} maps are used; raise '
+                             'it, or start_level')
+        brick = lambda c,k,stride=1: ConvModule(c, out_channels, k, stride, k//2, norm_cfg=norm_cfg,
+                                                act_cfg=act_cfg, inplace=False, order=order)
         extras = ([used[-1]] + [out_channels]*num_outs)[:num_outs-len(used)]
-        self.lateral_convs = nn.ModuleList([brick(c, 1) for c in used] + [brick(c, 3, 2) for c in extras])
+        self.lateral_convs = nn.ModuleList([brick(c, 1) for c in used]
+                                           + [brick(c, 3, 2) for c in extras])
         self.fpn_convs = nn.ModuleList(brick(out_channels, 3) for _ in range(num_outs))
-        self.upsample_modules = nn.ModuleList(doubling(out_channels, upsample_cfg) for _ in range(num_outs-1))
-        initialize(self, dict(type='Xavier', layer=['Conv2d', 'ConvTranspose2d'], distribution='uniform'))
+        self.upsample_modules = nn.ModuleList(doubling(out_channels, upsample_cfg)
+                                              for _ in range(num_outs-1))
+        initialize(self,
+                   dict(type='Xavier', layer=['Conv2d', 'ConvTranspose2d'], distribution='uniform'))
         for m in self.modules():
             if isinstance(m, CARAFEPack): m.start()
         initialize(self, init_cfg)
@@ -141,6 +158,8 @@ class FPN_CARAFE(nn.Module):
         "Lateral, extra, top-down, smooth: extra levels take part in the way down."
         used = take_maps(self, inputs)[self.used]
         maps = [conv(x) for conv,x in zip(self.lateral_convs, used)]
-        for conv in self.lateral_convs[len(used):]: maps.append(conv(used[-1] if len(maps) == len(used) else maps[-1]))
-        for i in range(len(maps)-1, 0, -1): maps[i-1] = cropped_sum(maps[i-1], self.upsample_modules[i-1](maps[i]))
+        for conv in self.lateral_convs[len(used):]:
+            maps.append(conv(used[-1] if len(maps) == len(used) else maps[-1]))
+        for i in range(len(maps)-1, 0, -1):
+            maps[i-1] = cropped_sum(maps[i-1], self.upsample_modules[i-1](maps[i]))
         return tuple(conv(x) for conv,x in zip(self.fpn_convs, maps))

@@ -21,7 +21,8 @@ def at_finest(
 )->Tensor: # `(B, sum of channels, H, W)`, size of the first
     "All maps at the size of the finest, in the channels."
     size = maps[0].shape[2:]
-    return torch.cat([maps[0]] + [F.interpolate(m, size=size, mode='bilinear', align_corners=False) for m in maps[1:]], 1)
+    return torch.cat([maps[0]] + [F.interpolate(m, size=size, mode='bilinear', align_corners=False)
+                                  for m in maps[1:]], 1)
 
 # %% ../../nbs/05_necks/10_hrfpn.ipynb #88e45e9e
 @NECKS.register_module()
@@ -39,11 +40,16 @@ class HRFPN(nn.Module):
         init_cfg=dict(type='Caffe2Xavier', layer='Conv2d'), # start of the weights
     ):
         super().__init__()
-        if pooling_type not in ('AVG', 'MAX'): raise ValueError(f"HRFPN: pooling_type={pooling_type!r}; choose 'AVG' or 'MAX'")
-        self.in_channels,self.num_outs,self.with_cp,self.init_cfg = list(in_channels),num_outs,with_cp,init_cfg
+        if pooling_type not in ('AVG', 'MAX'):
+            raise ValueError(f"HRFPN: pooling_type={pooling_type!r}; choose 'AVG' or 'MAX'")
+        self.in_channels,self.num_outs = list(in_channels),num_outs
+        self.with_cp,self.init_cfg = with_cp,init_cfg
         self.pooling = F.max_pool2d if pooling_type == 'MAX' else F.avg_pool2d
-        self.reduction_conv = ConvModule(sum(in_channels), out_channels, 1, conv_cfg=conv_cfg, act_cfg=None)
-        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3, stride, 1, conv_cfg=conv_cfg, act_cfg=None) for _ in range(num_outs))
+        self.reduction_conv = ConvModule(sum(in_channels), out_channels, 1, conv_cfg=conv_cfg,
+                                         act_cfg=None)
+        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3, stride, 1,
+                                                  conv_cfg=conv_cfg, act_cfg=None)
+                                                  for _ in range(num_outs))
         initialize(self, init_cfg)
 
     def forward(self,
@@ -52,8 +58,11 @@ class HRFPN(nn.Module):
         "Join, mix, pool, smooth."
         take_maps(self, inputs)
         if min(inputs[0].shape[2:]) < 2**(self.num_outs-1):
-            raise ValueError(f'HRFPN: a finest map of {tuple(inputs[0].shape[2:])} cells has no level that is {2**(self.num_outs-1)} times smaller; lower num_outs={self.num_outs} or take larger images')
+            raise ValueError(f'HRFPN: a finest map of {tuple(inputs[0].shape[2:])} cells has no level '
+                             f'that is {2**(self.num_outs-1)} times smaller; lower '
+                             f'num_outs={self.num_outs} or take larger images')
         x = at_finest(inputs)
-        x = checkpoint(self.reduction_conv, x, use_reentrant=False) if self.with_cp and x.requires_grad else self.reduction_conv(x)
+        x = (checkpoint(self.reduction_conv, x, use_reentrant=False) if self.with_cp and x.requires_grad
+             else self.reduction_conv(x))
         levels = [x] + [self.pooling(x, 2**i, 2**i) for i in range(1, self.num_outs)]
         return tuple(conv(level) for conv,level in zip(self.fpn_convs, levels))

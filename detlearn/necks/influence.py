@@ -23,7 +23,8 @@ def influence(
     neck:nn.Module, # takes a list of maps, gives a sequence of maps; measured in evaluation mode
     sizes,          # `(C, H, W)` of each input
     probes:int=4,   # random sums, averaged
-)->torch.Tensor:    # `(inputs, outputs)`: share of the input in the variance of the output; a column sums to 1
+    # `(inputs, outputs)`: share of the input in the variance of the output; a column sums to 1
+)->torch.Tensor:
     "How much of each input level is in each output level."
     training,maps = neck.training,noise_maps(sizes)
     neck.eval(); outs = neck(maps); neck.train(training)
@@ -32,14 +33,16 @@ def influence(
         for _ in range(probes):
             signs = torch.randint(0, 2, out.shape, generator=g)*2. - 1
             grads = torch.autograd.grad((out*signs).sum(), maps, allow_unused=True, retain_graph=True)
-            table[:, j] += torch.stack([out.new_zeros(()) if d is None else d.pow(2).sum() for d in grads])
+            table[:,
+                  j] += torch.stack([out.new_zeros(()) if d is None else d.pow(2).sum() for d in grads])
     return table/table.sum(0, keepdim=True).clamp(min=1e-12)
 
 # %% ../../nbs/05_necks/00_influence.ipynb #578e821b
 def footprint(
     neck:nn.Module, # as in `influence`
     sizes,          # `(C, H, W)` of each input
-)->torch.Tensor:    # `(inputs, outputs)` int: width in cells of the input that the middle cell of the output depends on
+    # `(inputs, outputs)` int: width in cells of the input that the middle cell of the output depends on
+)->torch.Tensor:
     "How far each output sees on each input."
     training,maps = neck.training,noise_maps(sizes)
     neck.eval(); outs = neck(maps); neck.train(training)

@@ -47,11 +47,16 @@ class MergeCell(nn.Module):
     ):
         super().__init__()
         self.mode = upsample_mode
-        with warnings.catch_warnings():                       # a bias in front of a norm is the zoo's choice
+        # a bias in front of a norm is the zoo's choice
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            brick = lambda: ConvModule(in_channels, in_channels, 3, padding=1, conv_cfg=input_conv_cfg, norm_cfg=input_norm_cfg, bias=True)
-            self.out_conv = ConvModule(in_channels*self.widths, out_channels, **out_conv_cfg, norm_cfg=out_norm_cfg, order=out_conv_order) if with_out_conv else None
-            self.input1_conv,self.input2_conv = [brick() if used else nn.Sequential() for used in (with_input1_conv, with_input2_conv)]
+            brick = lambda: ConvModule(in_channels, in_channels, 3, padding=1, conv_cfg=input_conv_cfg,
+                                       norm_cfg=input_norm_cfg, bias=True)
+            self.out_conv = (ConvModule(in_channels*self.widths, out_channels, **out_conv_cfg,
+                                        norm_cfg=out_norm_cfg, order=out_conv_order) if with_out_conv
+                                        else None)
+            self.input1_conv,self.input2_conv = [brick() if used else nn.Sequential()
+                                                 for used in (with_input1_conv, with_input2_conv)]
 
     def forward(self,
         x1,            # `(B, C, h, w)`
@@ -60,7 +65,8 @@ class MergeCell(nn.Module):
     )->Tensor:         # `(B, out_channels, *out_size)`
         "Convolve, resize, join, convolve."
         size = out_size or max(tuple(x1.shape[2:]), tuple(x2.shape[2:]))
-        x = self.join(fit(self.input1_conv(x1), size, self.mode), fit(self.input2_conv(x2), size, self.mode))
+        x = self.join(fit(self.input1_conv(x1), size, self.mode),
+                      fit(self.input2_conv(x2), size, self.mode))
         return x if self.out_conv is None else self.out_conv(x)
 
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #fb945967
@@ -108,7 +114,8 @@ def merge_all(
     "One stage: every line of the table."
     kept = dict(zip('34567', maps))
     size = {n: tuple(m.shape[2:]) for n,m in kept.items()}
-    for name,_,first,second,level,to,_ in MERGES: kept[to] = cells[name](kept[first], kept[second], size[level])
+    for name,_,first,second,level,to,_ in MERGES:
+        kept[to] = cells[name](kept[first], kept[second], size[level])
     return [kept[n] for n in '34567']
 
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #1047c983
@@ -129,12 +136,16 @@ class NASFPN(nn.Module):
         self.in_channels,self.init_cfg = list(in_channels),init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used = self.in_channels[self.used]
-        if num_outs != 5 or len(used) > 5: raise ValueError(f'NASFPN: num_outs={num_outs} from {len(used)} maps; the table has five levels')
+        if num_outs != 5 or len(used) > 5:
+            raise ValueError(f'NASFPN: num_outs={num_outs} from {len(used)} maps; the table has five '
+                             'levels')
         side = lambda c: ConvModule(c, out_channels, 1, norm_cfg=norm_cfg, act_cfg=None)
         self.lateral_convs = nn.ModuleList(side(c) for c in used)
-        self.extra_downsamples = nn.ModuleList(nn.Sequential(side(out_channels), nn.MaxPool2d(2, 2)) for _ in range(5-len(used)))
+        self.extra_downsamples = nn.ModuleList(nn.Sequential(side(out_channels), nn.MaxPool2d(2, 2))
+                                               for _ in range(5-len(used)))
         cell = lambda kind,conv: kind(out_channels, out_channels, conv, out_norm_cfg=norm_cfg)
-        self.fpn_stages = nn.ModuleList(nn.ModuleDict({name: cell(kind, conv) for name,kind,*_,conv in MERGES}) for _ in range(stack_times))
+        self.fpn_stages = nn.ModuleList(nn.ModuleDict(
+            {name: cell(kind, conv) for name,kind,*_,conv in MERGES}) for _ in range(stack_times))
         initialize(self, init_cfg)
 
     def forward(self,

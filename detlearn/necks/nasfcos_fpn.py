@@ -38,8 +38,11 @@ def searched_cells(
     norm_cfg,     # recipe of their norms
 )->nn.ModuleDict: # a `ConcatCell` for each of `CELLS`
     "The seven cells."
-    out = dict(out_conv_cfg=dict(kernel_size=1, padding=0, bias=False, groups=channels), out_norm_cfg=dict(type='BN'), out_conv_order=('norm', 'act', 'conv'))
-    return nn.ModuleDict({name: ConcatCell(channels, channels, with_input1_conv=first, with_input2_conv=second, input_conv_cfg=conv_cfg, input_norm_cfg=norm_cfg, **out)
+    out = dict(out_conv_cfg=dict(kernel_size=1, padding=0, bias=False, groups=channels),
+               out_norm_cfg=dict(type='BN'), out_conv_order=('norm', 'act', 'conv'))
+    return nn.ModuleDict(
+        {name: ConcatCell(channels, channels, with_input1_conv=first, with_input2_conv=second,
+                          input_conv_cfg=conv_cfg, input_norm_cfg=norm_cfg, **out)
                           for name,first,second in CELLS})
 
 def at_sizes_of(
@@ -47,7 +50,8 @@ def at_sizes_of(
     like, # as many maps
 )->list:  # `maps` at their sizes
     "Bring each map to the size of another."
-    return [F.interpolate(m, size=x.shape[2:], mode='bilinear', align_corners=False) for m,x in zip(maps, like)]
+    return [F.interpolate(m, size=x.shape[2:], mode='bilinear', align_corners=False)
+            for m,x in zip(maps, like)]
 
 # %% ../../nbs/05_necks/13_nasfcos_fpn.ipynb #7a837a99
 @NECKS.register_module()
@@ -66,13 +70,19 @@ class NASFCOS_FPN(nn.Module):
         self.in_channels,self.init_cfg = list(in_channels),init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used = self.in_channels[self.used]
-        if len(used) != 3 or num_outs < 3: raise ValueError(f'NASFCOS_FPN: {len(used)} maps are used and num_outs={num_outs}; it needs three maps (see start_level) and gives at least three')
+        if len(used) != 3 or num_outs < 3:
+            raise ValueError(f'NASFCOS_FPN: {len(used)} maps are used and num_outs={num_outs}; it needs '
+                             'three maps (see start_level) and gives at least three')
         act = dict(type='ReLU', inplace=False)
-        self.adapt_convs = nn.ModuleList(ConvModule(c, out_channels, 1, bias=False, norm_cfg=dict(type='BN'), act_cfg=act) for c in used)
+        self.adapt_convs = nn.ModuleList(ConvModule(c, out_channels, 1, bias=False,
+                                                    norm_cfg=dict(type='BN'), act_cfg=act) for c in used)
         self.fpn = searched_cells(out_channels, conv_cfg, norm_cfg)
-        self.extra_downsamples = nn.ModuleList(ConvModule(out_channels, out_channels, 3, stride=2, padding=1, act_cfg=act if i else None, order=('act', 'norm', 'conv'))
+        self.extra_downsamples = nn.ModuleList(ConvModule(out_channels, out_channels, 3, stride=2,
+                                                          padding=1, act_cfg=act if i else None,
+                                                          order=('act', 'norm', 'conv'))
                                                for i in range(num_outs-3))
-        for part in (self.adapt_convs, self.extra_downsamples, *[c.out_conv for c in self.fpn.values()]): initialize(part, dict(type='Caffe2Xavier', layer='Conv2d'))
+        for part in (self.adapt_convs, self.extra_downsamples, *[c.out_conv for c in self.fpn.values()]):
+            initialize(part, dict(type='Caffe2Xavier', layer='Conv2d'))
         initialize(self, init_cfg)
 
     def forward(self,

@@ -37,10 +37,12 @@ class PAFPN(FPN):
         conv_cfg=None, norm_cfg=None, act_cfg=None, # recipes of the convolutions
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
-        super().__init__(in_channels, out_channels, num_outs, start_level, end_level, add_extra_convs, relu_before_extra_convs,
+        super().__init__(in_channels, out_channels, num_outs, start_level, end_level, add_extra_convs,
+                         relu_before_extra_convs,
                          no_norm_on_lateral, conv_cfg, norm_cfg, act_cfg, init_cfg=init_cfg)
         steps = len(self.lateral_convs) - 1
-        brick = lambda stride: ConvModule(out_channels, out_channels, 3, stride, 1, conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
+        brick = lambda stride: ConvModule(out_channels, out_channels, 3, stride, 1, conv_cfg=conv_cfg,
+                                          norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
         self.downsample_convs = nn.ModuleList(brick(2) for _ in range(steps))
         self.pafpn_convs = nn.ModuleList(brick(1) for _ in range(steps))
         initialize(nn.ModuleList([self.downsample_convs, self.pafpn_convs]), init_cfg)
@@ -52,4 +54,5 @@ class PAFPN(FPN):
         used,laterals = self.merged(inputs)
         ups = bottom_up([conv(x) for conv,x in zip(self.fpn_convs, laterals)], self.downsample_convs)
         outs = ups[:1] + [conv(x) for conv,x in zip(self.pafpn_convs, ups[1:])]
-        return self.extend(outs, dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1]))
+        return self.extend(outs,
+                           dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1]))

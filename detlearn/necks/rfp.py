@@ -30,19 +30,28 @@ class RFP(FPN):
     specs = ('rfp_backbone',)
     def __init__(self,
         rfp_steps:int,           # how often the image is looked at, at least 2
-        rfp_backbone,            # recipe or module with `rfp_forward(image, advice)`; one for each further look, with weights of its own
+        # recipe or module with `rfp_forward(image, advice)`;
+        # one for each further look, with weights of its own
+        rfp_backbone,
         aspp_out_channels:int,   # of each branch; four times that is the backbone's `rfp_inplanes`
         aspp_dilations=(1, 3, 6, 1), # of the ASPP
         init_cfg=None,           # start of the weights; default: Xavier for the pyramid
         **kwargs,                # of `FPN`
     ):
         super().__init__(**kwargs)
-        if rfp_steps < 2: raise ValueError(f'RFP: rfp_steps={rfp_steps}; with one look it is an FPN, use 2 or more')
-        make = lambda: BACKBONES.build(rfp_backbone) if isinstance(rfp_backbone, dict) else copy.deepcopy(rfp_backbone)
+        if rfp_steps < 2:
+            raise ValueError(f'RFP: rfp_steps={rfp_steps}; with one look it is an FPN, use 2 or more')
+        make = lambda: BACKBONES.build(rfp_backbone) if isinstance(rfp_backbone,
+                                                                   dict) else copy.deepcopy(rfp_backbone)
         self.rfp_steps,self.rfp_modules = rfp_steps,nn.ModuleList(make() for _ in range(rfp_steps-1))
-        width,wanted = aspp_out_channels*len(aspp_dilations),getattr(self.rfp_modules[0], 'rfp_inplanes', None)
-        if wanted not in (None, width): raise ValueError(f'RFP: {len(aspp_dilations)} branches of aspp_out_channels={aspp_out_channels} give {width} channels, but the backbone has rfp_inplanes={wanted}')
-        self.rfp_aspp,self.rfp_weight = ASPP(self.out_channels, aspp_out_channels, aspp_dilations),nn.Conv2d(self.out_channels, 1, 1)
+        width = aspp_out_channels*len(aspp_dilations)
+        wanted = getattr(self.rfp_modules[0], 'rfp_inplanes', None)
+        if wanted not in (None, width):
+            raise ValueError(f'RFP: {len(aspp_dilations)} branches of '
+                             f'aspp_out_channels={aspp_out_channels} give {width} channels, but the '
+                             f'backbone has rfp_inplanes={wanted}')
+        self.rfp_aspp = ASPP(self.out_channels, aspp_out_channels, aspp_dilations)
+        self.rfp_weight = nn.Conv2d(self.out_channels, 1, 1)
         for p in self.rfp_weight.parameters(): nn.init.zeros_(p)
         initialize(self, init_cfg)
 
@@ -50,7 +59,9 @@ class RFP(FPN):
         inputs,  # the image, then maps of the backbone, finest first
     )->tuple:    # `num_outs` maps, finest first
         "Look, advise, look again, mix."
-        if len(inputs) != len(self.in_channels) + 1: raise ValueError(f'RFP: {len(inputs)} inputs; it needs the image and {len(self.in_channels)} maps: set output_img=True in the backbone')
+        if len(inputs) != len(self.in_channels) + 1:
+            raise ValueError(f'RFP: {len(inputs)} inputs; it needs the image and '
+                             f'{len(self.in_channels)} maps: set output_img=True in the backbone')
         image,outs = inputs[0],super().forward(inputs[1:])
         for backbone in self.rfp_modules:
             advice = [outs[0]] + [self.rfp_aspp(x) for x in outs[1:]]

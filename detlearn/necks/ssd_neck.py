@@ -45,18 +45,29 @@ class SSDNeck(nn.Module):
         last_kernel_size:int=3,  # kernel of the last extra level
         use_depthwise:bool=False,# separable 3×3
         conv_cfg=None, norm_cfg=None, act_cfg=dict(type='ReLU'), # recipes
-        init_cfg=[dict(type='Xavier', distribution='uniform', layer='Conv2d'), dict(type='Constant', val=1, layer='BatchNorm2d')], # start
+        # start
+        init_cfg=[dict(type='Xavier', distribution='uniform', layer='Conv2d'),
+                  dict(type='Constant', val=1, layer='BatchNorm2d')],
     ):
         super().__init__()
         known,extra = list(out_channels[:len(in_channels)]),out_channels[len(in_channels):]
-        if known != list(in_channels): raise ValueError(f'SSDNeck: out_channels={out_channels} must start with in_channels={in_channels}: these maps are passed on')
+        if known != list(in_channels):
+            raise ValueError(f'SSDNeck: out_channels={out_channels} must start with '
+                             f'in_channels={in_channels}: these maps are passed on')
         if not 0 < len(extra) == len(level_strides) == len(level_paddings):
-            raise ValueError(f'SSDNeck: {len(extra)} extra levels, {len(level_strides)} level_strides, {len(level_paddings)} level_paddings; these must be the same number, at least 1')
+            raise ValueError(f'SSDNeck: {len(extra)} extra levels, {len(level_strides)} level_strides, '
+                             f'{len(level_paddings)} level_paddings; these must be the same number, at '
+                             'least 1')
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        self.init_cfg,second,self.extra_layers = init_cfg,DepthwiseSeparableConvModule if use_depthwise else ConvModule,nn.ModuleList()
-        for before,c,stride,pad in zip(out_channels[len(in_channels)-1:], extra, level_strides, level_paddings):
+        self.init_cfg = init_cfg
+        second = DepthwiseSeparableConvModule if use_depthwise else ConvModule
+        self.extra_layers = nn.ModuleList()
+        for before,c,stride,pad in zip(out_channels[len(in_channels)-1:], extra, level_strides,
+                                       level_paddings):
             kernel = last_kernel_size if len(self.extra_layers) == len(extra) - 1 else 3
-            self.extra_layers.append(nn.Sequential(ConvModule(before, c//2, 1, **cfg), second(c//2, c, kernel, stride=stride, padding=pad, **cfg)))
+            self.extra_layers.append(nn.Sequential(ConvModule(before, c//2, 1, **cfg),
+                                                   second(c//2, c, kernel, stride=stride, padding=pad,
+                                                          **cfg)))
         initialize(self, init_cfg)
         if l2_norm_scale: self.l2_norm = L2Norm(in_channels[0], l2_norm_scale)
 

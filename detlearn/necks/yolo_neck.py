@@ -19,14 +19,18 @@ class DetectionBlock(nn.Module):
     def __init__(self,
         in_channels:int,   # of the input
         out_channels:int,  # of the output; twice as many between
-        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), act_cfg=dict(type='LeakyReLU', negative_slope=.1), # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), # recipes
+        act_cfg=dict(type='LeakyReLU', negative_slope=.1),           # recipe
         init_cfg=None,     # start of the weights
     ):
         super().__init__()
-        self.init_cfg,cfg,wide = init_cfg,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),2*out_channels
+        self.init_cfg = init_cfg
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        wide = 2*out_channels
         for i in range(1, 6):
             before = in_channels if i == 1 else wide if i % 2 else out_channels
-            brick = ConvModule(before, out_channels, 1, **cfg) if i % 2 else ConvModule(before, wide, 3, padding=1, **cfg)
+            brick = (ConvModule(before, out_channels, 1, **cfg) if i % 2
+                     else ConvModule(before, wide, 3, padding=1, **cfg))
             self.add_module(f'conv{i}', brick)
 
     def forward(self,
@@ -44,13 +48,17 @@ class YOLOV3Neck(nn.Module):
         num_scales:int,      # number of maps
         in_channels:list,    # channels of the inputs, **coarsest first**
         out_channels:list,   # channels of the outputs, coarsest first
-        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), act_cfg=dict(type='LeakyReLU', negative_slope=.1), # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), # recipes
+        act_cfg=dict(type='LeakyReLU', negative_slope=.1),           # recipe
         init_cfg=None,       # start of the weights; default: that of `ConvModule`
     ):
         super().__init__()
         if not num_scales == len(in_channels) == len(out_channels):
-            raise ValueError(f'YOLOV3Neck: num_scales={num_scales}, but {len(in_channels)} in_channels and {len(out_channels)} out_channels; give one for each scale, coarsest first')
-        self.num_scales,self.init_cfg,cfg = num_scales,init_cfg,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+            raise ValueError(f'YOLOV3Neck: num_scales={num_scales}, but {len(in_channels)} in_channels '
+                             f'and {len(out_channels)} out_channels; give one for each scale, coarsest '
+                             'first')
+        self.num_scales,self.init_cfg = num_scales,init_cfg
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         for i,(c_in,c_out) in enumerate(zip(in_channels, out_channels)):
             if i: self.add_module(f'conv{i}', ConvModule(out_channels[i-1], c_out, 1, **cfg))
             self.add_module(f'detect{i+1}', DetectionBlock(c_in + c_out*(i > 0), c_out, **cfg))
@@ -60,7 +68,8 @@ class YOLOV3Neck(nn.Module):
         feats,   # maps of the backbone, finest first
     )->tuple:    # as many maps, coarsest first
         "Each level joined with what the coarser one found."
-        if len(feats) != self.num_scales: raise ValueError(f'YOLOV3Neck: {len(feats)} maps for num_scales={self.num_scales}')
+        if len(feats) != self.num_scales:
+            raise ValueError(f'YOLOV3Neck: {len(feats)} maps for num_scales={self.num_scales}')
         outs = [self.detect1(feats[-1])]
         for i,x in enumerate(feats[-2::-1], 1):
             coarse = F.interpolate(getattr(self, f'conv{i}')(outs[-1]), size=x.shape[2:], mode='nearest')

@@ -36,17 +36,22 @@ class YOLOXPAFPN(nn.Module):
         num_csp_blocks:int=3,        # blocks of each CSP layer
         use_depthwise:bool=False,    # separable 3×3
         upsample_cfg=dict(scale_factor=2, mode='nearest'), # see `enlarge`
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'), # recipes
-        init_cfg=dict(type='Kaiming', layer='Conv2d', a=math.sqrt(5), distribution='uniform', mode='fan_in', nonlinearity='leaky_relu'), # start
+        # recipes
+        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
+        # start
+        init_cfg=dict(type='Kaiming', layer='Conv2d', a=math.sqrt(5), distribution='uniform',
+                      mode='fan_in', nonlinearity='leaky_relu'),
     ):
         super().__init__()
         self.in_channels,self.upsample_cfg,self.init_cfg = list(in_channels),dict(upsample_cfg),init_cfg
         c,cfg = self.in_channels,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        csp = lambda a,b: CSPLayer(a, b, num_blocks=num_csp_blocks, add_identity=False, use_depthwise=use_depthwise, **cfg)
+        csp = lambda a,b: CSPLayer(a, b, num_blocks=num_csp_blocks, add_identity=False,
+                                   use_depthwise=use_depthwise, **cfg)
         steps = list(zip(c, c[1:]))                                   # (finer, coarser)
         self.reduce_layers = nn.ModuleList(ConvModule(b, a, 1, **cfg) for a,b in steps[::-1])
         self.top_down_blocks = nn.ModuleList(csp(2*a, a) for a,_ in steps[::-1])
-        self.downsamples = nn.ModuleList(conv_kind(use_depthwise)(a, a, 3, stride=2, padding=1, **cfg) for a,_ in steps)
+        self.downsamples = nn.ModuleList(conv_kind(use_depthwise)(a, a, 3, stride=2, padding=1, **cfg)
+                                         for a,_ in steps)
         self.bottom_up_blocks = nn.ModuleList(csp(2*a, b) for a,b in steps)
         self.out_convs = nn.ModuleList(ConvModule(a, out_channels, 1, **cfg) for a in c)
         initialize(self, init_cfg)

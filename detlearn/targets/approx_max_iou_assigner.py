@@ -31,11 +31,13 @@ class ApproxMaxIoUAssigner(MaxIoUAssigner):
         priors,       # `Priors`: the squares, `(P, 4)` or `(..., P, 4)` xyxy
         gt,           # `GroundTruth`, boxes `(..., G, 4)`
         preds=None,   # not used
-        approxs=None, # `(..., P, A, 4)` stand-ins of each square, `A` of them; None: the squares themselves
+        # `(..., P, A, 4)` stand-ins of each square, `A` of them; None: the squares themselves
+        approxs=None,
     )->AssignResult:  # `gt_inds` `(..., P)`
         "IoU of the best stand-in, then thresholds and claims."
         if approxs is None: approxs = priors.boxes[..., None, :]
         if approxs.shape[-3] != priors.boxes.shape[-2]:
-            raise ValueError(f'{approxs.shape[-3]} priors have approxs, but there are {priors.boxes.shape[-2]} priors: '
+            raise ValueError(f'{approxs.shape[-3]} priors have approxs, but there are '
+                             f'{priors.boxes.shape[-2]} priors: '
                              'give (P, A, 4), A of each prior')
         return self.assign_wrt(lambda part: self.best_stand_in(gt, approxs[..., part, :, :]), priors, gt)

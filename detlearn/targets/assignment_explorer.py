@@ -82,7 +82,8 @@ def suited(
     "The priors in the form an assigner asks for."
     if not getattr(assigner, 'points', False): return priors
     stride = torch.tensor([s for s in priors.strides]).float()[priors.levels]
-    return Priors(torch.cat([box_centers(priors.boxes), stride], -1), priors.level_sizes, priors.strides, priors.valid)
+    return Priors(torch.cat([box_centers(priors.boxes), stride], -1), priors.level_sizes, priors.strides,
+                  priors.valid)
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #5db89e2f
 def three_shapes(
@@ -116,23 +117,27 @@ def draw_level(
     title = f'stride {stride}: {(own > 0).sum()} positive, {(own == IGNORE).sum()} ignored'
     size = tuple(scene.gt.sizes.flip(0).tolist())
     draw_owners(ax, Priors(scene.priors.boxes[mine]), scene.gt, own, size=size)
-    if scene.image is not None: ax.imshow(scene.image.permute(1, 2, 0), extent=(0, size[0], size[1], 0), alpha=.45, zorder=.5)
+    if scene.image is not None:
+        ax.imshow(scene.image.permute(1, 2, 0), extent=(0, size[0], size[1], 0), alpha=.45, zorder=.5)
     ax.set_title(title, fontsize=8.5, weight='normal')
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #42e4cd4f
 def draw_assignment(
     assigners:dict, # `{text: assigner}`; one, or two for a duel
     scene,          # `Scene`
-)->plt.Figure:      # with `.codes` `{text: (P,)}` and `.different`, the number of priors with unequal answers
+    # with `.codes` `{text: (P,)}` and `.different`, the number of priors with unequal answers
+)->plt.Figure:
     "A row an assigner, a column a level."
     levels = len(scene.priors.level_sizes)
-    fig,axs = plt.subplots(len(assigners), levels, figsize=(3.1*levels, 2.9*len(assigners)), squeeze=False)
+    fig,axs = plt.subplots(len(assigners), levels, figsize=(3.1*levels, 2.9*len(assigners)),
+                           squeeze=False)
     fig.codes = {}
     for row,(text,assigner) in zip(axs, assigners.items()):
         codes = fig.codes[text] = answer(assigner, scene).gt_inds
         for level,ax in enumerate(row): draw_level(ax, scene, codes, level)
         counts = [int((codes == k).sum()) for k in range(1, 1+len(scene.gt.boxes))]
-        row[0].set_ylabel(f'{text}\npositives an object: {counts}', fontsize=9, weight='bold', labelpad=4)
+        row[0].set_ylabel(f'{text}\npositives an object: {counts}', fontsize=9, weight='bold',
+                          labelpad=4)
     answers = list(fig.codes.values())
     fig.different = int((answers[0] != answers[-1]).sum())
     return fig
@@ -141,11 +146,13 @@ def draw_assignment(
 def all_assigners()->list: # names, in the order of the alphabet
     "Every registered assigner of the book."
     for module in _index['syms']:
-        if module.startswith('detlearn.targets.') and module.endswith('_assigner'): importlib.import_module(module)
+        if module.startswith('detlearn.targets.') and module.endswith('_assigner'):
+            importlib.import_module(module)
     return sorted(BBOX_ASSIGNERS)
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #62d83b5c
-STARTS = dict(pos_iou_thr=.5, neg_iou_thr=.4, topk=9, pos_scale=.2, neg_scale=.5, pos_ignore_thr=.15, neg_ignore_thr=.7,
+STARTS = dict(pos_iou_thr=.5, neg_iou_thr=.4, topk=9, pos_scale=.2, neg_scale=.5, pos_ignore_thr=.15,
+              neg_ignore_thr=.7,
               regress_ranges=((-1, 40), (40, 1e8)))
 COSTS = dict(cls_cost=ClassificationCost, reg_cost=BBoxL1Cost, iou_cost=IoUCost, dice_cost=DiceCost,
              mask_cost=lambda weight: FocalLossCost(weight, binary_input=True))
@@ -161,8 +168,10 @@ def control_for(
     elif name == 'iou_calculator': control = W.Dropdown(options=['iou', 'giou', 'iof'])
     elif isinstance(value, bool): control = W.Checkbox(value)
     elif isinstance(value, int) and value > 0: control = W.IntSlider(value, min=1, max=max(20, 2*value))
-    elif isinstance(value, (int, float)) and value <= 1: control = W.FloatSlider(value, min=min(0, value), max=1, step=.05)
-    elif isinstance(value, (int, float)): control = W.FloatSlider(value, min=0, max=4*value, step=value/10)
+    elif isinstance(value, (int, float)) and value <= 1:
+        control = W.FloatSlider(value, min=min(0, value), max=1, step=.05)
+    elif isinstance(value, (int, float)):
+        control = W.FloatSlider(value, min=0, max=4*value, step=value/10)
     else: control = W.Text(repr(value), continuous_update=False)
     control.description,control.style.description_width = name,'150px'
     return control
@@ -173,14 +182,16 @@ def controls_of(
 )->dict:   # `{setting: control}`
     "A control for every setting."
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {p.name: control_for(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    return {p.name: control_for(p.name, p.default) for p in parameters
+            if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #3814122b
 def overlap_of(
     mode:str, # `'iou'`, `'giou'` or `'iof'`
 )->Callable:  # `f(a, b, mode='iou')`; another mode than the ordinary one is left alone
     "An `iou_calculator` that measures otherwise."
-    return lambda a, b, asked='iou', mode_=mode, **kw: box_iou(a, b, mode_ if kw.get('mode', asked) == 'iou' else kw.get('mode', asked))
+    return lambda a, b, asked='iou', mode_=mode, **kw: box_iou(a, b, mode_ if kw.get('mode', asked)
+                                                               == 'iou' else kw.get('mode', asked))
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #076dfd8b
 def assigner_from(
@@ -193,7 +204,9 @@ def assigner_from(
         if name == 'iou_calculator': return None if value == 'iou' else overlap_of(value)
         if not isinstance(value, str): return value
         try: return ast.literal_eval(value)
-        except (ValueError, SyntaxError): raise ValueError(f'{name}: {value!r} is no Python value; write a number, None or a tuple.') from None
+        except (ValueError, SyntaxError):
+            raise ValueError(f'{name}: {value!r} is no Python value; write a number, None or a '
+                             'tuple.') from None
     return cls(**{name: read(name, v) for name,v in values.items()})
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #04c2d259
@@ -203,7 +216,8 @@ class Side(W.VBox):
         name:str,  # of the assigner to begin with
         changed,   # called with no argument when anything moves
     ):
-        self.changed,self.choice = changed,W.Dropdown(options=all_assigners(), value=name, description='assigner')
+        self.changed = changed
+        self.choice = W.Dropdown(options=all_assigners(), value=name, description='assigner')
         self.choice.observe(lambda change: (self.fill(), self.changed()), 'value')
         super().__init__(); self.fill()
 
@@ -215,7 +229,8 @@ class Side(W.VBox):
 
     def assigner(self)->object: # an object; `ValueError` for what does not work
         "The chosen class with the chosen settings."
-        return assigner_from(BBOX_ASSIGNERS[self.choice.value], {k: c.value for k,c in self.controls.items()})
+        return assigner_from(BBOX_ASSIGNERS[self.choice.value],
+                             {k: c.value for k,c in self.controls.items()})
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #b1fdb334
 class AssignmentExplorer(W.VBox):
@@ -225,7 +240,8 @@ class AssignmentExplorer(W.VBox):
         second='ATSSAssigner',   # on the right; None: no duel
         scenes:dict=None,        # `{name: f(skill) -> Scene}`; default: six toy photos
     ):
-        self.scenes = scenes or {f'toy photo {i}': lambda skill, i=i: toy_scene(i, skill) for i in range(6)}
+        self.scenes = (scenes
+                       or {f'toy photo {i}': lambda skill, i=i: toy_scene(i, skill) for i in range(6)})
         self.scene = W.Dropdown(options=list(self.scenes), description='scene')
         self.skill = W.FloatSlider(.6, min=0, max=1, step=.1, description='skill')
         self.sides = [Side(name, self.redraw) for name in (first, second) if name]
@@ -237,7 +253,9 @@ class AssignmentExplorer(W.VBox):
     def redraw(self):
         "Ask the assigners again, and draw."
         scene = self.scenes[self.scene.value](self.skill.value)
-        try: fig = draw_assignment({f'{i}. {s.choice.value}': s.assigner() for i,s in enumerate(self.sides, 1)}, scene)
+        try:
+            fig = draw_assignment({f'{i}. {s.choice.value}': s.assigner()
+                                   for i,s in enumerate(self.sides, 1)}, scene)
         except (ValueError, RuntimeError) as e: plt.close(); self.note.value = f'<b>{e}</b>'; return
         self.figure,self.note.value = fig,f'{fig.different} priors differ' if len(self.sides) > 1 else ''
         with self.view: self.view.clear_output(wait=True); display(fig)

@@ -91,14 +91,16 @@ def highest_bid(
     G,flat,at = bids.shape[-2],bids.flatten(-2),number.flatten(-2)
     best = flat.new_full((*flat.shape[:-1], P), -torch.inf).scatter_reduce(-1, at, flat, 'amax')
     wins = (flat == best.gather(-1, at)) & (flat > -torch.inf)
-    turn = torch.arange(G, 0, -1, device=at.device)[:, None].expand(bids.shape).flatten(-2)  # G for the first
-    turn = torch.zeros_like(best, dtype=torch.long).scatter_reduce(-1, at, torch.where(wins, turn, 0), 'amax')
+    # G for the first
+    turn = torch.arange(G, 0, -1, device=at.device)[:, None].expand(bids.shape).flatten(-2)
+    turn = torch.zeros_like(best, dtype=torch.long).scatter_reduce(-1, at, torch.where(wins, turn, 0),
+                                                                   'amax')
     return torch.where(turn > 0, G+1-turn, 0),best
 
 # %% ../../nbs/06_targets/04_atss_assigner.ipynb #c0449697
 @BBOX_ASSIGNERS.register_module()
 class ATSSAssigner(BaseAssigner):
-    "Give each object the priors whose IoU stands out from that of its nearest ones (Zhang et al., 2020)."
+    "Each object gets the near priors whose IoU stands out (Zhang et al., 2020)."
     def __init__(self,
         topk:int,             # candidates of each level and object, nearest centres first
         alpha:float=None,     # weight of IoU against score, 0..1; None: look at geometry alone
@@ -131,12 +133,14 @@ class ATSSAssigner(BaseAssigner):
         if self.alpha is not None and (preds is None or gt.labels is None):
             raise ValueError(f'ATSSAssigner(alpha={self.alpha}) weighs scores of the objects\' classes: '
                              'give assign preds, and gt with labels')
-        hidden = crowd_share(priors.boxes, gt, self.iou_calculator) > self.ignore_iof_thr if self.ignore_iof_thr > 0 else None
+        hidden = (crowd_share(priors.boxes, gt, self.iou_calculator) > self.ignore_iof_thr
+                  if self.ignore_iof_thr > 0 else None)
         points,centres = prior_points(priors),box_centers(gt.boxes)
         def distance(part):                                                        # (..., G, p)
             d = centre_distance(points[..., part, :], centres)
             if hidden is not None: d = d.masked_fill(hidden[..., None, part], 1e8)
-            return d if priors.valid is None else d.masked_fill(~priors.valid[..., None, part], torch.inf)
+            return (d if priors.valid is None
+                    else d.masked_fill(~priors.valid[..., None, part], torch.inf))
         parts_of = lambda n: columns(points[..., :n, :], centres.shape[-2])
         d,number = nearest_per_level(distance, priors.level_sizes, self.topk, parts_of)  # (..., G, K)
         there,value = d < torch.inf,self.bids(priors, gt, preds, number)

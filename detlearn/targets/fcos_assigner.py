@@ -39,7 +39,8 @@ def centre_boxes(
     "The middle of each object."
     centre = box_centers(boxes)
     reach = torch.stack([torch.full_like(centre[..., 0], r) for r in reach], -1)
-    return torch.cat([torch.maximum(centre-reach, boxes[..., :2]), torch.minimum(centre+reach, boxes[..., 2:])], -1)
+    return torch.cat([torch.maximum(centre-reach, boxes[..., :2]),
+                      torch.minimum(centre+reach, boxes[..., 2:])], -1)
 
 # %% ../../nbs/06_targets/14_fcos_assigner.ipynb #c7a4d95b
 def smallest(
@@ -47,7 +48,8 @@ def smallest(
     wants, # `(..., G, P)` bool
 )->Tensor: # `(..., P)` int64 code, 0 where nobody wants it
     "The smallest object that wants the point; of two equal ones the first."
-    table = F.pad(torch.where(wants, area[..., None], torch.inf), (0, 0, 1, 0), value=torch.inf)  # row 0: nobody
+    # row 0: nobody
+    table = F.pad(torch.where(wants, area[..., None], torch.inf), (0, 0, 1, 0), value=torch.inf)
     least,code = table.min(-2)
     return torch.where(least < torch.inf, code, 0)
 
@@ -56,7 +58,8 @@ def smallest(
 class FCOSAssigner(BaseAssigner):
     "A point finds the smallest object around it whose size suits its level (Tian et al., 2019)."
     def __init__(self,
-        regress_ranges=((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)), # farthest side, pixels, by level
+        # farthest side, pixels, by level
+        regress_ranges=((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)),
         center_sampling:bool=False,     # only points near the object's centre
         center_sample_radius:float=1.5, # how near, in strides of the level
     ):
@@ -69,9 +72,11 @@ class FCOSAssigner(BaseAssigner):
         "Do the levels fit?"
         n = len(priors.level_sizes)
         if n != len(self.regress_ranges):
-            raise ValueError(f'FCOSAssigner: {len(self.regress_ranges)} regress_ranges for {n} levels: give one a level')
+            raise ValueError(f'FCOSAssigner: {len(self.regress_ranges)} regress_ranges for {n} levels: '
+                             'give one a level')
         if self.center_sampling and priors.strides is None:
-            raise ValueError('FCOSAssigner: center_sampling measures in strides: give Priors its strides, one a level')
+            raise ValueError('FCOSAssigner: center_sampling measures in strides: give Priors its '
+                             'strides, one a level')
 
     def wants(self,
         points,    # `(..., p, 2)` points of one level
@@ -82,11 +87,13 @@ class FCOSAssigner(BaseAssigner):
         "Which objects ask for which points."
         lo,hi = self.regress_ranges[level]
         far,region = farthest_side(points, gt.boxes),gt.boxes
-        if self.center_sampling: region = centre_boxes(region, [self.center_sample_radius*s for s in stride])
+        if self.center_sampling:
+            region = centre_boxes(region, [self.center_sample_radius*s for s in stride])
         return points_inside(points, region) & (far >= lo) & (far <= hi) & gt.real[..., None]
 
     def assign(self,
-        priors,      # `Priors` with `level_sizes` and `strides`; points `(P, 2)`, or boxes, whose centres count
+        # `Priors` with `level_sizes` and `strides`; points `(P, 2)`, or boxes, whose centres count
+        priors,
         gt,          # `GroundTruth`, boxes `(..., G, 4)`
         preds=None,  # not used
     )->AssignResult: # `max_overlaps` is None

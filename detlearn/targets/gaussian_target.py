@@ -93,9 +93,11 @@ def write_cells(
     "Put the numbers of each object into its cell; the later object wins."
     code = torch.arange(1, real.shape[-1]+1, device=real.device) * real            # 0: nobody
     owner = code.new_zeros(*real.shape[:-1], size[0]*size[1]).scatter_reduce(-1, number, code, 'amax')
-    table = F.pad(values, (0, 0, 1, 0))                                            # (..., 1+G, D), nobody first
+    # (..., 1+G, D), nobody first
+    table = F.pad(values, (0, 0, 1, 0))
     out = table.gather(-2, owner[..., None].expand(*owner.shape, values.shape[-1])).mT
-    return out.unflatten(-1, tuple(size)),(owner > 0).to(values.dtype)[..., None, :].unflatten(-1, tuple(size))
+    return out.unflatten(-1, tuple(size)),(owner > 0).to(values.dtype)[..., None,
+                                                                       :].unflatten(-1, tuple(size))
 
 # %% ../../nbs/06_targets/15_gaussian_target.ipynb #42a805ac
 def center_targets(
@@ -107,13 +109,17 @@ def center_targets(
 )->dict:             # the zoo's names; `avg_factor` `()`: number of cells that are 1, at least 1
     "Heat map, size and offset of each centre (Zhou et al., 2019)."
     grow = [f/i for f,i in zip(feat_size, img_size)]
-    boxes = gt.boxes * torch.stack([torch.full_like(gt.boxes[..., 0], g) for g in (grow[1], grow[0])*2], -1)
+    boxes = gt.boxes * torch.stack([torch.full_like(gt.boxes[..., 0], g) for g in (grow[1], grow[0])*2],
+                                   -1)
     centre,wh = (boxes[..., :2] + boxes[..., 2:])/2,boxes[..., 2:] - boxes[..., :2]
-    cells,radii = centre.long(),gaussian_radius((wh[..., 1], wh[..., 0]), min_overlap).long().clamp(min=0)
+    cells = centre.long()
+    radii = gaussian_radius((wh[..., 1], wh[..., 0]), min_overlap).long().clamp(min=0)
     heat = class_maps(hills(cells, radii, feat_size), gt.labels, gt.real, num_classes)
-    beside,there = write_cells(torch.cat([wh, centre-cells], -1), cell_number(cells, feat_size), gt.real, feat_size)
+    beside,there = write_cells(torch.cat([wh, centre-cells], -1), cell_number(cells, feat_size), gt.real,
+                               feat_size)
     wh,offset = beside.split(2, -3)
-    return dict(center_heatmap_target=heat, wh_target=wh, offset_target=offset, avg_factor=(heat == 1).sum().clamp(min=1),
+    return dict(center_heatmap_target=heat, wh_target=wh, offset_target=offset,
+                avg_factor=(heat == 1).sum().clamp(min=1),
                 wh_offset_target_weight=there.expand_as(wh))
 
 # %% ../../nbs/06_targets/15_gaussian_target.ipynb #10b179d5
@@ -147,7 +153,8 @@ def corner_targets(
     out = {}
     for name,short,i,sign in (('topleft', 'tl', 0, 1), ('bottomright', 'br', 2, -1)):
         cell,corner = cells[..., i:i+2],boxes[..., i:i+2]
-        out[f'{name}_heatmap'] = class_maps(hills(cell, radii, feat_size), gt.labels, gt.real, num_classes)
+        out[f'{name}_heatmap'] = class_maps(hills(cell, radii, feat_size), gt.labels, gt.real,
+                                            num_classes)
         beside = dict(offset=corner - cell)
         if with_guiding_shift: beside['guiding_shift'] = (centre - cell)*sign
         if with_centripetal_shift: beside['centripetal_shift'] = ((centre - corner)*sign).log()

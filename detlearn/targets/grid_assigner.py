@@ -11,7 +11,8 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, box_centers
-from .iou import columns, side_by_side, highest, taking_part, best_overlaps, kept, claimed_by
+from detlearn.targets.iou import (columns, side_by_side, highest, taking_part, best_overlaps, kept,
+    claimed_by)
 from .max_iou_assigner import BaseAssigner, pack
 from .atss_assigner import prior_points
 
@@ -46,7 +47,8 @@ def responsible_priors(
 )->Tensor:  # `(..., P)` bool
     "Priors in whose cell some object has its centre."
     if priors.strides is None:
-        raise ValueError('which cell a prior is in depends on the stride: give Priors its strides, one a level')
+        raise ValueError('which cell a prior is in depends on the stride: give Priors its strides, one '
+                         'a level')
     levels = zip(prior_points(priors).split(priors.level_sizes, -2), priors.strides)
     return torch.cat([shares_cell(points, gt, stride) for points,stride in levels], -1)
 
@@ -57,7 +59,8 @@ def range_of_background(
     "The range of IoU that is background."
     if not isinstance(neg_iou_thr, (tuple, list)): return -1.,neg_iou_thr
     if len(neg_iou_thr) == 2: return tuple(neg_iou_thr)
-    raise ValueError(f'neg_iou_thr={neg_iou_thr} has {len(neg_iou_thr)} numbers: give two, (low, high), or one')
+    raise ValueError(f'neg_iou_thr={neg_iou_thr} has {len(neg_iou_thr)} numbers: give two, (low, high), '
+                     'or one')
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #45c1f143
 def above_threshold(
@@ -77,13 +80,15 @@ class GridAssigner(BaseAssigner):
     "Only priors of the cell that holds an object's centre can find it (Redmon and Farhadi, 2018)."
     def __init__(self,
         pos_iou_thr:float,           # IoU above this: positive, if responsible
-        neg_iou_thr,                 # IoU up to this: background; or `(low, high)`: above `low`, up to `high`
+        # IoU up to this: background; or `(low, high)`: above `low`, up to `high`
+        neg_iou_thr,
         min_pos_iou:float=0.,        # an object claims its best responsible prior from above this IoU
         gt_max_assign_all:bool=True, # claim all that tie for best, or the first alone
         iou_calculator=None,         # function or part `f(a, b, mode)`; default `box_iou`
     ):
         self.neg_range = range_of_background(neg_iou_thr)
-        self.pos_iou_thr,self.min_pos_iou,self.gt_max_assign_all = pos_iou_thr,min_pos_iou,gt_max_assign_all
+        self.pos_iou_thr,self.min_pos_iou = pos_iou_thr,min_pos_iou
+        self.gt_max_assign_all = gt_max_assign_all
         self.iou_calculator = iou_calculator or box_iou
 
     def assign(self,
@@ -97,10 +102,12 @@ class GridAssigner(BaseAssigner):
         if priors.valid is not None: responsible = responsible & priors.valid
         (G,P),ties = (gt.boxes.shape[-2], priors.boxes.shape[-2]),self.gt_max_assign_all
         parts = columns(priors.boxes, G)
-        fill = kept(lambda p: taking_part(self.iou_calculator(gt.boxes, priors.boxes[..., p, :]), gt.real), G*P)
+        fill = kept(lambda p: taking_part(self.iou_calculator(gt.boxes, priors.boxes[..., p, :]),
+                                          gt.real), G*P)
         found = best_overlaps(fill, parts, not ties, responsible)
         codes = above_threshold(found.best, found.owner, responsible, self.pos_iou_thr, self.neg_range)
-        found.top = torch.where(found.top > self.min_pos_iou, found.top, -1)        # strictly above, or no claim
+        # strictly above, or no claim
+        found.top = torch.where(found.top > self.min_pos_iou, found.top, -1)
         claimed = claimed_by(fill, parts, found, 0., ties, responsible)
         best = torch.where(responsible, found.best, -1)
         return pack(torch.where(claimed > 0, claimed, codes), best, gt, priors.valid)

@@ -22,7 +22,8 @@ def match_one(
 )->np.ndarray: # `(Q,)` int64 codes: `k` for object `k-1`, 0 for none
     "Pairs of least total cost; with fewer predictions than objects, some objects get none."
     if np.isnan(cost).any():
-        raise ValueError('the cost of matching is not a number: the predictions have diverged, or a box is '
+        raise ValueError('the cost of matching is not a number: the predictions have diverged, or a '
+                         'box is '
                          'not finite. Look at the loss of the steps before, or lower the learning rate.')
     there = cost < np.inf
     rows,cols = [np.flatnonzero(there.any(axis)) for axis in (1, 0)]
@@ -39,7 +40,8 @@ def cheapest_pairs(
     "Match every table of a batch on the host: one transfer there, whatever the number of images."
     tables = full_precision(cost.detach()).cpu().numpy()  # here the host waits
     codes = [match_one(t) for t in tables.reshape(-1, *cost.shape[-2:])] if cost.numel() else []
-    codes = torch.from_numpy(np.stack(codes)) if codes else torch.zeros(cost.shape[:-1], dtype=torch.long)
+    codes = (torch.from_numpy(np.stack(codes)) if codes
+             else torch.zeros(cost.shape[:-1], dtype=torch.long))
     return codes.view(cost.shape[:-1]).to(cost.device, non_blocking=True)
 
 @cheapest_pairs.register_fake
@@ -50,9 +52,12 @@ def image_scale(
     gt,  # `GroundTruth` with `sizes`
 )->Tensor: # `(..., 1, 4)` float32: width, height, width, height
     "By what boxes are divided to lie in 0..1."
-    if gt.sizes is None: raise ValueError('HungarianAssigner compares boxes in units of the image: give GroundTruth(..., sizes=) '
+    if gt.sizes is None:
+        raise ValueError('HungarianAssigner compares boxes in units of the image: give GroundTruth(..., '
+                         'sizes=) '
                                           'height and width of each image, pixels.')
-    return gt.sizes.flip(-1).repeat_interleave(2, -1, output_size=4).view(*gt.sizes.shape[:-1], 2, 2).mT.flatten(-2)[..., None, :].float()
+    return gt.sizes.flip(-1).repeat_interleave(2, -1, output_size=4).view(
+        *gt.sizes.shape[:-1], 2, 2).mT.flatten(-2)[..., None, :].float()
 
 # %% ../../nbs/06_targets/11_hungarian_assigner.ipynb #f5be03bc
 @BBOX_ASSIGNERS.register_module()
@@ -72,17 +77,21 @@ class HungarianAssigner:
     )->Tensor:  # `(..., Q, G)`
         "What each prediction would cost each object."
         scale,boxes = image_scale(gt),full_precision(preds.extra('boxes'))
-        if gt.labels is None: raise ValueError('HungarianAssigner needs labels of the objects: it looks at their classes.')
+        if gt.labels is None:
+            raise ValueError('HungarianAssigner needs labels of the objects: it looks at their classes.')
         return (self.cls_cost(preds.scores.detach(), gt.labels) + self.iou_cost(boxes, gt.boxes)
                 + self.reg_cost(xyxy_to_cxcywh(boxes/scale), gt.boxes/scale))
 
     def assign(self,
         priors,      # `Priors`, of which only `valid` is used, or None
-        gt,          # `GroundTruth`, boxes `(..., G, 4)`, labels, sizes; padding and crowds are not matched
+        # `GroundTruth`, boxes `(..., G, 4)`, labels, sizes; padding and crowds are not matched
+        gt,
         preds=None,  # `Predictions`, scores `(..., Q, C)`, `extras['boxes']` `(..., Q, 4)` xyxy, pixels
     )->AssignResult: # `max_overlaps` None
         "Cost of all pairs, one transfer, the cheapest matching."
-        if preds is None: raise ValueError(f'{type(self).__name__} looks at predictions: call assign(priors, gt, preds).')
+        if preds is None:
+            raise ValueError(f'{type(self).__name__} looks at predictions: call assign(priors, gt, '
+                             'preds).')
         cost = self.cost(gt, preds).masked_fill(~gt.real[..., None, :], torch.inf)
         valid = None if priors is None else priors.valid
         if valid is not None: cost = cost.masked_fill(~valid[..., None], torch.inf)
@@ -96,4 +105,5 @@ class HungarianAssigner:
     )->dict:     # `{test: (..., G, Q) bool}`: which prediction passes for which object
         "What a prediction must pass to be an object's."
         codes = self.assign(priors, gt, preds).gt_inds[..., None, :]
-        return {'fewer predictions than objects': codes == torch.arange(1, 1+gt.real.shape[-1], device=codes.device)[:, None]}
+        return {'fewer predictions than objects': codes
+                == torch.arange(1, 1+gt.real.shape[-1], device=codes.device)[:, None]}

@@ -185,7 +185,8 @@ def kept(
     if pairs > most: return fill
     held = {}
     def once(part):
-        if part.start not in held: held[part.start] = fill(part)  # when it is asked for: then it is in the cache
+        # when it is asked for: then it is in the cache
+        if part.start not in held: held[part.start] = fill(part)
         return held[part.start]
     return once
 
@@ -212,7 +213,8 @@ def best_blocks(
     table,         # `(..., p)`
     k:int,         # how many of each row are looked for
     largest=False, # the largest, or the smallest
-)->tuple:          # `(..., n*BLOCK)` what stands in the blocks that may hold them, `(..., n)` int64 their first columns
+    # `(..., n*BLOCK)` what stands in the blocks that may hold them, `(..., n)` int64 their first columns
+)->tuple:
     "The blocks of each row that hold its `k` best."
     short = -table.shape[-1] % BLOCK
     if short: table = F.pad(table, (0, short), value=-torch.inf if largest else torch.inf)
@@ -259,7 +261,8 @@ class TopBlocks:
         P:int, # how many columns there were
     )->tuple:  # values and int64 numbers, both `(..., k)`, best first; an infinite value is nobody's
         "The best of each row."
-        return top_of_blocks(torch.cat(self.values, -1), torch.cat(self.starts, -1), self.k, P, self.largest)
+        return top_of_blocks(torch.cat(self.values, -1), torch.cat(self.starts, -1), self.k, P,
+                             self.largest)
 
 # %% ../../nbs/06_targets/00_iou.ipynb #a1ecaba3
 def top_of_parts(
@@ -267,7 +270,9 @@ def top_of_parts(
     parts,         # slices of the priors, one after the other
     k:int,         # how many of each row; all, if there are fewer
     largest=False, # the largest, or the smallest
-)->tuple:          # values and int64 numbers of the priors, both `(..., G, k)`, best first; an infinite value is nobody's
+    # values and int64 numbers of the priors, both `(...,
+    # G, k)`, best first; an infinite value is nobody's
+)->tuple:
     "The best of each row, part by part."
     start,P = parts[0].start,parts[-1].stop - parts[0].start
     if len(parts) == 1:                                                   # a small table
@@ -285,7 +290,8 @@ def share_of_priors(
     objects,  # `(..., G, 4)` xyxy
 )->Tensor:    # `(..., G, P)`
     "How much of each prior lies in each object."
-    rows = priors.mT.contiguous().mT[..., None, :, None, :]       # all x1, then all y1, ...: rows without gaps
+    # all x1, then all y1, ...: rows without gaps
+    rows = priors.mT.contiguous().mT[..., None, :, None, :]
     return overlap(rows, objects[..., :, None, None, :], mode='iof')[..., 0, 0]
 
 # %% ../../nbs/06_targets/00_iou.ipynb #3e467fb3

@@ -17,11 +17,14 @@ def object_masks(
     masks,   # `(..., Q, H, W)` predicted
 )->Tensor:   # `(..., G, H, W)`
     "The objects' masks, or a sentence about why they can't be compared."
-    if gt.masks is None and gt.boxes.shape[-2] == 0: return masks[..., :0, :, :] if masks.dim() > 2 else masks[:0]
-    if gt.masks is None: raise ValueError('MaskHungarianAssigner compares masks: give GroundTruth(..., masks=).')
+    if gt.masks is None and gt.boxes.shape[-2] == 0:
+        return masks[..., :0, :, :] if masks.dim() > 2 else masks[:0]
+    if gt.masks is None:
+        raise ValueError('MaskHungarianAssigner compares masks: give GroundTruth(..., masks=).')
     size = lambda m: tuple(m.shape[gt.boxes.dim()-1:])
     if size(gt.masks) != size(masks):
-        raise ValueError(f'the objects have masks of {size(gt.masks)} pixels, the predictions of {size(masks)}: '
+        raise ValueError(f'the objects have masks of {size(gt.masks)} pixels, the predictions of '
+                         f'{size(masks)}: '
                          'bring both to one size, or sample both at the same points.')
     return gt.masks
 
@@ -34,7 +37,8 @@ class MaskHungarianAssigner(HungarianAssigner):
         mask_cost=None, # `f(masks, masks)`, raw; default `FocalLossCost(1., binary_input=True)`
         dice_cost=None, # `f(masks, masks)`; default `DiceCost(1.)`
     ):
-        self.cls_cost,self.mask_cost = cls_cost or ClassificationCost(),mask_cost or FocalLossCost(binary_input=True)
+        self.cls_cost = cls_cost or ClassificationCost()
+        self.mask_cost = mask_cost or FocalLossCost(binary_input=True)
         self.dice_cost = dice_cost or DiceCost()
 
     def cost(self,
@@ -44,7 +48,9 @@ class MaskHungarianAssigner(HungarianAssigner):
         "What each prediction would cost each object."
         masks = preds.extra('masks')
         wanted = object_masks(gt, masks)
-        if gt.labels is None: raise ValueError('MaskHungarianAssigner needs labels of the objects: it looks at their classes.')
+        if gt.labels is None:
+            raise ValueError('MaskHungarianAssigner needs labels of the objects: it looks at their '
+                             'classes.')
         cost = masks.new_zeros(*masks.shape[:gt.boxes.dim()-1], gt.boxes.shape[-2]).float()
         if self.cls_cost.weight: cost = cost + self.cls_cost(preds.scores.detach(), gt.labels)
         for part in (self.mask_cost, self.dice_cost):

@@ -20,7 +20,8 @@ def owner_masks(
     masks:Tensor, # `(..., G, H, W)` of the objects; `G` may be 0
 )->Tensor:        # `(..., Q, H, W)`, dtype of `masks`
     "The mask of each query's owner; zeros where there is none."
-    table = F.pad(masks, (0, 0, 0, 0, 1, 0))                               # (..., 1+G, H, W), nobody first
+    # (..., 1+G, H, W), nobody first
+    table = F.pad(masks, (0, 0, 0, 0, 1, 0))
     return torch.take_along_dim(table, codes.clamp(min=0)[..., None, None], -3)
 
 # %% ../../nbs/06_targets/24_mask_pseudo_sampler.ipynb #2de6e65c
@@ -54,7 +55,9 @@ class MaskPseudoSampler(PseudoSampler):
         **kwargs,      # not used
     )->MaskSamplingResult: # of all `Q` queries
         "Look up and weigh; the size stays as it is."
-        if gt.masks is None: raise ValueError('MaskPseudoSampler needs objects with masks: load them with LoadAnnotations(with_mask=True).')
+        if gt.masks is None:
+            raise ValueError('MaskPseudoSampler needs objects with masks: load them with '
+                             'LoadAnnotations(with_mask=True).')
         codes,labels = assign_result.gt_inds,assign_result.labels
         if labels is None: labels = torch.full_like(codes, -1)
         weight = (codes != IGNORE).to(masks.dtype if masks.is_floating_point() else torch.float32)

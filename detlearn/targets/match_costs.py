@@ -22,7 +22,8 @@ def sum_of_differences(
     "How far apart the numbers of each pair are, summed over the four."
     a,b = a[..., None],b.mT.contiguous()[..., None, :, :]
     gap = lambda i: (a[..., i, :] - b[..., i, :]).abs_()
-    return gap(0).add_(gap(1)).add_(gap(2)).add_(gap(3))  # whole rows at a time: faster than pair by pair
+    # whole rows at a time: faster than pair by pair
+    return gap(0).add_(gap(1)).add_(gap(2)).add_(gap(3))
 
 # %% ../../nbs/06_targets/02f_match_costs.ipynb #89938e57
 @MATCH_COST.register_module()
@@ -149,7 +150,8 @@ class FocalLossCost:
     )->Tensor:     # `(..., N, G)`
         "Cost of each pair."
         terms = lambda x: focal_terms(x, self.alpha, self.gamma, self.eps)
-        if self.binary_input: return cost_of_answers(terms, pixels(cls_pred), pixels(gt_labels)) * self.weight
+        if self.binary_input:
+            return cost_of_answers(terms, pixels(cls_pred), pixels(gt_labels)) * self.weight
         yes,no = terms(cls_pred)
         return column_of_class(yes - no, gt_labels) * self.weight
 

@@ -47,7 +47,8 @@ class PointAssigner(BaseAssigner):
     )->tuple:   # sizes and octaves of levels; neighbours of the same octave are one
         "The levels by their stride's octave."
         if priors.strides is None:
-            raise ValueError('PointAssigner chooses a level by its stride: give Priors its strides, one a level')
+            raise ValueError('PointAssigner chooses a level by its stride: give Priors its strides, one '
+                             'a level')
         sizes,steps = [],[]
         for n,s in zip(priors.level_sizes, priors.strides):
             if steps and steps[-1] == octave(s[0]): sizes[-1] += n
@@ -55,19 +56,24 @@ class PointAssigner(BaseAssigner):
         return sizes,steps
 
     def assign(self,
-        priors,      # `Priors` with `level_sizes` and `strides`; points `(P, 2)`, or boxes, whose centres count
+        # `Priors` with `level_sizes` and `strides`; points `(P, 2)`, or boxes, whose centres count
+        priors,
         gt,          # `GroundTruth`, boxes `(..., G, 4)`
         preds=None,  # not used
     )->AssignResult: # `max_overlaps` is None
         "Level by size, nearest points, nearest object."
         sizes,steps = self.octaves(priors)
-        points,centres,sides = prior_points(priors),box_centers(gt.boxes),(gt.boxes[..., 2:] - gt.boxes[..., :2]).clamp(min=1e-6)
+        points,centres = prior_points(priors),box_centers(gt.boxes)
+        sides = (gt.boxes[..., 2:] - gt.boxes[..., :2]).clamp(min=1e-6)
         def distance(part):                                                        # (..., G, p)
             d = centre_distance(points[..., part, :], centres, sides)
-            return d if priors.valid is None else d.masked_fill(~priors.valid[..., None, part], torch.inf)
+            return (d if priors.valid is None
+                    else d.masked_fill(~priors.valid[..., None, part], torch.inf))
         parts_of = lambda n: columns(points[..., :n, :], centres.shape[-2])
         d,number = nearest_per_level(distance, sizes, self.pos_num, parts_of)      # (..., G, K)
-        step = torch.cat([torch.full((min(self.pos_num, n),), s, device=d.device) for n,s in zip(sizes, steps)])
+        step = torch.cat([torch.full((min(self.pos_num, n),), s, device=d.device)
+                          for n,s in zip(sizes, steps)])
         right = suitable_octave(gt.boxes, self.scale, min(steps), max(steps))[..., None] == step
-        owner,_ = highest_bid(-d.masked_fill(~(right & gt.real[..., None]), torch.inf), number, points.shape[-2])
+        owner,_ = highest_bid(-d.masked_fill(~(right & gt.real[..., None]), torch.inf), number,
+                              points.shape[-2])
         return pack(owner, None, gt, priors.valid)

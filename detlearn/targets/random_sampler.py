@@ -47,12 +47,14 @@ def pick(
     num:int,         # rows; fewer if there are fewer priors
 )->SamplingResult:   # `(..., min(num, P), ...)`
     "The drawn priors as a table, positives first, each kind in the order of the priors."
-    index = (2*positive.long() + negative.long()).argsort(dim=-1, descending=True, stable=True)[..., :num]
+    index = (2*positive.long() + negative.long()).argsort(dim=-1, descending=True,
+                                                          stable=True)[..., :num]
     codes,labels = assign_result.gt_inds,assign_result.labels
     if labels is None: labels = torch.full_like(codes, -1)
     rows = priors.expand(*codes.shape, 4).gather(-2, index[..., None].expand(*index.shape, 4))
     codes,weight = codes.gather(-1, index),(positive | negative).gather(-1, index).to(rows.dtype)
-    return SamplingResult(rows, codes, owner_boxes(codes, rows, boxes), labels.gather(-1, index), weight, index)
+    return SamplingResult(rows, codes, owner_boxes(codes, rows, boxes), labels.gather(-1, index), weight,
+                          index)
 
 # %% ../../nbs/06_targets/21_random_sampler.ipynb #f8171b84
 class BaseSampler:
@@ -61,13 +63,15 @@ class BaseSampler:
     def __init__(self,
         num:int,                  # priors drawn of an image
         pos_fraction:float,       # at most this part of them positive
-        neg_pos_ub=-1,            # at most so many background priors for each positive; negative: no limit
+        # at most so many background priors for each positive; negative: no limit
+        neg_pos_ub=-1,
         add_gt_as_proposals=True, # objects' own boxes take part, too
         generator=None,           # `torch.Generator` on the device of the priors; None: the global one
         **kwargs,                 # settings of other samplers: accepted and not used, as in the zoo
     ):
         if num < 0 or not 0 <= pos_fraction <= 1:
-            raise ValueError(f'{type(self).__name__}: num={num} must not be negative, pos_fraction={pos_fraction} lies in 0..1')
+            raise ValueError(f'{type(self).__name__}: num={num} must not be negative, '
+                             f'pos_fraction={pos_fraction} lies in 0..1')
         self.num,self.pos_fraction,self.neg_pos_ub = num,pos_fraction,neg_pos_ub
         self.add_gt_as_proposals,self.generator = add_gt_as_proposals,generator
 
@@ -105,9 +109,11 @@ class BaseSampler:
         assigned,boxes,is_gt = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
         codes = assigned.gt_inds
         most = int(self.num * self.pos_fraction)
-        positive = first(self.pos_order(assigned, self.throw(codes), most, **context).where(codes > 0, -1), most)
+        positive = first(self.pos_order(assigned, self.throw(codes), most,
+                                        **context).where(codes > 0, -1), most)
         room = room_for_background(positive, self.num, self.neg_pos_ub)
-        negative = first(self.neg_order(assigned, self.throw(codes), room, **context).where(codes == 0, -1), room)
+        negative = first(self.neg_order(assigned, self.throw(codes), room,
+                                        **context).where(codes == 0, -1), room)
         drawn = pick(assigned, boxes, gt.boxes, positive, negative, self.num)
         drawn.is_gt = None if is_gt is None else is_gt[drawn.index]
         return drawn
@@ -118,12 +124,14 @@ def candidates(
     priors,        # `Priors`, boxes `(P, 4)` or `(..., P, 4)`
     gt,            # `GroundTruth`, `(..., G)`
     add_gt:bool,   # put the objects in front
-)->tuple:          # `AssignResult`; boxes; `(G+P,)` bool, True for an object's own (None without `add_gt`)
+    # `AssignResult`; boxes; `(G+P,)` bool, True for an object's own (None without `add_gt`)
+)->tuple:
     "Who can be drawn."
     if not add_gt: return assign_result,priors.boxes,None
     boxes = priors.boxes.expand(*assign_result.gt_inds.shape, 4).to(gt.boxes.dtype)
     everyone = torch.cat([gt.boxes, boxes], -2)
-    return assign_result.add_gt(gt),everyone,torch.arange(everyone.shape[-2], device=boxes.device) < gt.boxes.shape[-2]
+    return assign_result.add_gt(gt),everyone,torch.arange(everyone.shape[-2],
+                                                          device=boxes.device) < gt.boxes.shape[-2]
 
 # %% ../../nbs/06_targets/21_random_sampler.ipynb #d25909fa
 @BBOX_SAMPLERS.register_module()

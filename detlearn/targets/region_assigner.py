@@ -38,7 +38,8 @@ def highest_region(
 )->Tensor:    # `(..., p)` int64; 0 in no region
     "The highest number of the regions around each point."
     small = lambda x: x.clamp(-FARTHEST, FARTHEST).to(torch.int16)
-    (x1,y1,x2,y2),(x,y) = small(regions)[..., None].unbind(-2),points.mT.contiguous()[..., None, :, :].unbind(-2)
+    (x1,y1,x2,
+     y2),(x,y) = small(regions)[..., None].unbind(-2),points.mT.contiguous()[..., None, :, :].unbind(-2)
     depth = lambda lo, hi, x: torch.minimum(small(x.floor())-lo, hi-small(x.ceil()))  # negative: outside
     outside = torch.minimum(depth(x1, x2, x), depth(y1, y2, y)).bitwise_right_shift_(15)
     return highest(outside.bitwise_or_(small(number)[..., None]), -2).clamp(min=0).long()
@@ -56,7 +57,7 @@ def level_by_size(
 # %% ../../nbs/06_targets/09_region_assigner.ipynb #49a51ece
 @BBOX_ASSIGNERS.register_module()
 class RegionAssigner(BaseAssigner):
-    "Positive in the middle of an object, ignored around it and on the levels beside (Wang et al., 2019)."
+    "Positive in the middle of an object, ignored around it and a level beside (Wang et al., 2019)."
     def __init__(self,
         center_ratio:float=.2, # share of the object's sides that is positive
         ignore_ratio:float=.5, # share that is not background
@@ -72,7 +73,8 @@ class RegionAssigner(BaseAssigner):
         own,beside = (offset == 0) & gt.real,(offset.abs() == 1) & gt.real
         G = own.shape[-1]
         if 2*G + 2 > FARTHEST:
-            raise ValueError(f'{G:,} objects in an image: RegionAssigner numbers at most {FARTHEST//2 - 1:,}. '
+            raise ValueError(f'{G:,} objects in an image: RegionAssigner numbers at most '
+                             f'{FARTHEST//2 - 1:,}. '
                              f'Cut the image into parts.')
         code = 2*torch.arange(1, 1+G, device=own.device)
         return torch.cat(regions, -2),torch.cat([own*code + beside*(2*G + 2), own*(code + 1)], -1)
@@ -86,7 +88,8 @@ class RegionAssigner(BaseAssigner):
         "What a level's cells must say."
         at = points / torch.stack([torch.full_like(points[..., 0], s) for s in stride], -1)
         found = highest_region(at, regions, number)
-        return torch.where(found % 2 == 1, found//2, -found.clamp(max=1))         # an even number: IGNORE; 0: BACKGROUND
+        # an even number: IGNORE; 0: BACKGROUND
+        return torch.where(found % 2 == 1, found//2, -found.clamp(max=1))
 
     def levels(self,
         priors,           # `Priors` with `level_sizes` and `strides`
@@ -97,9 +100,11 @@ class RegionAssigner(BaseAssigner):
         if priors.strides is None:
             raise ValueError('RegionAssigner counts in cells: give Priors its strides, one a level')
         if anchor_scale is None and priors.boxes.shape[-1] != 4:
-            raise ValueError('points have no size: give anchor_scale, the side of the finest squares in strides')
+            raise ValueError('points have no size: give anchor_scale, the side of the finest squares in '
+                             'strides')
         first = priors.boxes[..., :1, :]
-        least = anchor_scale*priors.strides[0][0] if anchor_scale else box_area(first).sqrt() if first.shape[-2] else 1.
+        least = (anchor_scale*priors.strides[0][0] if anchor_scale else box_area(first).sqrt()
+                 if first.shape[-2] else 1.)
         return level_by_size(gt.boxes, least, len(priors.level_sizes))
 
     def assign(self,
@@ -110,7 +115,8 @@ class RegionAssigner(BaseAssigner):
     )->AssignResult:      # `max_overlaps` is None
         "Level by level."
         level,codes = self.levels(priors, gt, anchor_scale),[]
-        for l,(here,stride) in enumerate(zip(prior_points(priors).split(priors.level_sizes, -2), priors.strides)):
+        for l,(here,stride) in enumerate(zip(prior_points(priors).split(priors.level_sizes, -2),
+                                             priors.strides)):
             claims = self.regions(gt, level-l, stride)
             give = lambda part: (self.level_codes(here[..., part, :], *claims, stride),)
             codes += side_by_side(give, columns(here, gt.boxes.shape[-2]))

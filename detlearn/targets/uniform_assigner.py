@@ -55,7 +55,9 @@ def best_fits(
     overlap,  # `f(a, b)`
     gt,       # `GroundTruth`
     boxes,    # `(..., P, 4)` xyxy
-)->tuple:     # `(..., P)` IoU of each box with its best object; `(..., G)` of each object with its best box; at least 0
+    # `(..., P)` IoU of each box with its best object; `(...,
+    # G)` of each object with its best box; at least 0
+)->tuple:
     "The best of each column and of each row, part by part."
     real = gt.boxes.masked_fill(~gt.real[..., None], 0.)            # a box without area fits nothing
     of_objects = gt.boxes.new_zeros(())
@@ -84,11 +86,13 @@ class UniformAssigner:
     "Each object takes its nearest priors and its nearest predictions (Chen et al., 2021)."
     def __init__(self,
         pos_ignore_thr:float, # a match whose prior has a smaller IoU is ignored
-        neg_ignore_thr:float, # without a match: ignored if the predicted box has a larger IoU with any object
+        # without a match: ignored if the predicted box has a larger IoU with any object
+        neg_ignore_thr:float,
         match_times:int=4,    # priors, and predictions, an object takes
         iou_calculator=None,  # function or part `f(a, b)`; default `box_iou`
     ):
-        self.pos_ignore_thr,self.neg_ignore_thr,self.match_times = pos_ignore_thr,neg_ignore_thr,match_times
+        self.pos_ignore_thr,self.neg_ignore_thr = pos_ignore_thr,neg_ignore_thr
+        self.match_times = match_times
         self.iou_calculator = iou_calculator or box_iou
 
     def matches(self,
@@ -97,7 +101,8 @@ class UniformAssigner:
         preds,   # `Predictions` with decoded boxes
     )->tuple:    # `(..., N)` priors, `(N,)` objects, `(..., N)` bool: a match of a real object
         "All matches in the order in which they are written."
-        if preds is None: raise ValueError('UniformAssigner looks at predictions: call assign(priors, gt, preds).')
+        if preds is None:
+            raise ValueError('UniformAssigner looks at predictions: call assign(priors, gt, preds).')
         find = lambda boxes: nearest(gt.boxes, boxes, self.match_times, priors.valid)
         by_pred,by_prior = find(preds.extra('boxes')),find(priors.boxes)
         place,there = [torch.broadcast_tensors(*t) for t in zip(by_pred, by_prior)]
@@ -131,17 +136,22 @@ class UniformAssigner:
         good,   # `(..., N)` bool
     )->dict:    # the zoo's `pos_idx` `pos_predicted_boxes` `target_boxes`, and `pos_inds`
         "Every match as a pair of boxes, for a loss on boxes; a prior may stand in several."
-        boxes = torch.take_along_dim(preds.extras['boxes'], place[..., None], -2)            # keeps its gradient
-        return dict(pos_inds=place, pos_idx=good, pos_predicted_boxes=boxes, target_boxes=gt.boxes[..., owner, :])
+        # keeps its gradient
+        boxes = torch.take_along_dim(preds.extras['boxes'], place[..., None], -2)
+        return dict(pos_inds=place, pos_idx=good, pos_predicted_boxes=boxes,
+                    target_boxes=gt.boxes[..., owner, :])
 
     def explain(self,
         priors,  # as in `assign`
         gt,      # as in `assign`
         preds,   # as in `assign`
-    )->dict:     # `{test: (..., G, P) bool}`, in the order they are made: which prior passes for which object
+        # `{test: (..., G, P) bool}`, in the order they are made: which prior passes for which object
+    )->dict:
         "What a prior must pass to be an object's positive."
         place,owner,wrote = self.matches(priors, gt, preds)
         iou = self.iou_calculator(gt.boxes, priors.boxes)
         cell = owner*iou.shape[-1] + place
-        taken = torch.zeros_like(iou, dtype=torch.int).flatten(-2).scatter_reduce(-1, cell, wrote.int(), 'amax')
-        return {'not among the nearest': taken.view(iou.shape) > 0, 'prior below pos_ignore_thr': iou >= self.pos_ignore_thr}
+        taken = torch.zeros_like(iou, dtype=torch.int).flatten(-2).scatter_reduce(-1, cell, wrote.int(),
+                                                                                  'amax')
+        return {'not among the nearest': taken.view(iou.shape) > 0,
+                'prior below pos_ignore_thr': iou >= self.pos_ignore_thr}

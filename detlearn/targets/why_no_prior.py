@@ -16,7 +16,8 @@ from ..core.structures import Priors, IGNORE
 from ..core.boxes import box_iou, box_centers
 from .max_iou_assigner import MaxIoUAssigner, crowd_share
 from .approx_max_iou_assigner import ApproxMaxIoUAssigner
-from .atss_assigner import ATSSAssigner, prior_points, depth_inside, points_inside, centre_distance, mean_plus_std
+from .atss_assigner import (ATSSAssigner, prior_points, depth_inside, points_inside,
+    centre_distance, mean_plus_std)
 from .sim_ota_assigner import point_cells
 from .point_assigner import PointAssigner, suitable_octave
 from .center_region_assigner import CenterRegionAssigner
@@ -44,14 +45,17 @@ def iou_tests(
     gt,     # as in `assign`
 )->dict:    # `{reason: (..., G, P) bool}`: which prior passes for which object
     "What a prior must pass: IoU enough or claimed, not hidden by a crowd."
-    share = crowd_share(priors.boxes, gt, self.iou_calculator, self.ignore_wrt_candidates)[..., None, :].expand(iou.shape)
+    share = crowd_share(priors.boxes, gt, self.iou_calculator,
+                        self.ignore_wrt_candidates)[..., None, :].expand(iou.shape)
     free = (share <= self.ignore_iof_thr) | (self.ignore_iof_thr <= 0)
-    there = torch.ones_like(free) if priors.valid is None else priors.valid[..., None, :].expand(iou.shape)
+    there = (torch.ones_like(free) if priors.valid is None
+             else priors.valid[..., None, :].expand(iou.shape))
     enough,low = iou >= self.pos_iou_thr,self.match_low_quality and self.min_pos_iou < self.pos_iou_thr
     for open_to in (free & there, there) if priors.boxes.shape[-2] and self.match_low_quality else ():
         best = iou.masked_fill(~open_to, -1).amax(-1, keepdim=True)
         enough = enough | ((iou == best) & (best >= self.min_pos_iou))
-    return {f'IoU below {self.min_pos_iou if low else self.pos_iou_thr}': enough, 'hidden by a crowd': free}
+    return {f'IoU below {self.min_pos_iou if low else self.pos_iou_thr}': enough,
+            'hidden by a crowd': free}
 
 def max_iou_tests(
     self,       # the assigner
@@ -98,8 +102,10 @@ def atss_tests(
         near.append(torch.zeros_like(part, dtype=torch.bool).scatter(-1, place, True))
     near = torch.cat(near, -1) & far.isfinite()
     every = torch.arange(far.shape[-1], device=far.device).expand(far.shape)
-    fit = self.bids(priors, gt, preds, every)                            # IoU, or with `alpha` IoU and score
-    return {'not among the nearest': near, 'IoU below mean + std of its candidates': fit >= mean_plus_std(fit, near),
+    # IoU, or with `alpha` IoU and score
+    fit = self.bids(priors, gt, preds, every)
+    return {'not among the nearest': near,
+            'IoU below mean + std of its candidates': fit >= mean_plus_std(fit, near),
             'no centre inside': points_inside(points, gt.boxes, .01)}
 
 ATSSAssigner.explain = atss_tests
@@ -119,7 +125,8 @@ def fcos_tests(
     wanted = torch.cat([self.wants(p, gt, l, priors.strides and priors.strides[l])
                         for l,p in enumerate(points.split(priors.level_sizes, -2))], -1)
     in_range = (far >= low) & (far <= high)
-    return {'no centre inside': inside, "outside the level's range": in_range, 'not near its centre': wanted}
+    return {'no centre inside': inside, "outside the level's range": in_range,
+            'not near its centre': wanted}
 
 FCOSAssigner.explain = fcos_tests
 
@@ -135,10 +142,12 @@ def point_tests(
     step = torch.cat([torch.full((n,), s, device=gt.boxes.device) for n,s in zip(sizes, steps)])
     right = suitable_octave(gt.boxes, self.scale, min(steps), max(steps))[..., None] == step
     sides = (gt.boxes[..., 2:] - gt.boxes[..., :2]).clamp(min=1e-6)
-    far = centre_distance(prior_points(priors), box_centers(gt.boxes), sides).masked_fill(~right, torch.inf)
+    far = centre_distance(prior_points(priors), box_centers(gt.boxes),
+                          sides).masked_fill(~right, torch.inf)
     if priors.valid is not None: far = far.masked_fill(~priors.valid[..., None, :], torch.inf)
     place = far.topk(min(self.pos_num, far.shape[-1]), -1, largest=False).indices
-    return {"outside the level's range": right, 'not among the nearest': torch.zeros_like(right).scatter(-1, place, True)}
+    return {"outside the level's range": right,
+            'not among the nearest': torch.zeros_like(right).scatter(-1, place, True)}
 
 PointAssigner.explain = point_tests
 
@@ -151,7 +160,8 @@ def center_region_tests(
 )->dict:        # `{reason: (..., G, P) bool}`, in the order of the tests
     "What a prior must pass: centre inside, enough of it in the core."
     inside = points_inside(box_centers(priors.boxes), gt.boxes)
-    return {'no centre inside': inside, 'too small a share in its core': self.lies_in(priors.boxes, gt.boxes, self.pos_scale) > 0}
+    return {'no centre inside': inside,
+            'too small a share in its core': self.lies_in(priors.boxes, gt.boxes, self.pos_scale) > 0}
 
 CenterRegionAssigner.explain = center_region_tests
 
@@ -169,8 +179,10 @@ def grid_tests(
     mine = mine[..., None, :].expand(iou.shape)
     if priors.valid is not None: mine = mine & priors.valid[..., None, :]
     held = iou.masked_fill(~mine, -1)
-    claimed = (held == held.amax(-1, keepdim=True)) & (held > self.min_pos_iou) if iou.shape[-1] else mine
-    return {'in no cell of an object': mine, f'IoU not above {self.min_pos_iou}': (iou > self.pos_iou_thr) | claimed}
+    claimed = ((held == held.amax(-1, keepdim=True)) & (held > self.min_pos_iou) if iou.shape[-1]
+               else mine)
+    return {'in no cell of an object': mine,
+            f'IoU not above {self.min_pos_iou}': (iou > self.pos_iou_thr) | claimed}
 
 GridAssigner.explain = grid_tests
 
@@ -185,8 +197,10 @@ def region_tests(
     "What a cell must pass: level of the object's size, in its middle."
     level = self.levels(priors, gt, anchor_scale)
     places = zip(prior_points(priors).split(priors.level_sizes, -2), priors.strides)
-    middle = [depth_inside(p/p.new_tensor(s), middle_region(gt.boxes, self.center_ratio, s)) >= 0 for p,s in places]
-    return {'no cell on its level': level[..., None] == priors.levels, 'no cell in its middle': torch.cat(middle, -1)}
+    middle = [depth_inside(p/p.new_tensor(s), middle_region(gt.boxes, self.center_ratio, s)) >= 0
+              for p,s in places]
+    return {'no cell on its level': level[..., None] == priors.levels,
+            'no cell in its middle': torch.cat(middle, -1)}
 
 RegionAssigner.explain = region_tests
 
@@ -196,7 +210,8 @@ def generic_tests(
     gt,        # `GroundTruth` of one image
 )->dict:       # `{reason: (G, P) bool}`
     "Two questions that can be asked for any assigner that tells nothing itself."
-    return {'no prior touches it': box_iou(gt.boxes, boxes) > 0, 'no centre inside': points_inside(box_centers(boxes), gt.boxes)}
+    return {'no prior touches it': box_iou(gt.boxes, boxes) > 0,
+            'no centre inside': points_inside(box_centers(boxes), gt.boxes)}
 
 def reason(
     tests:dict, # `{reason: (G, P) bool}`
@@ -218,7 +233,8 @@ def numbers_of(
     assigner, # any
 )->dict:      # `{name: number or bool}`: settings of its constructor that it keeps under their name
     "What can be turned."
-    found = {name: getattr(assigner, name, None) for name in inspect.signature(type(assigner).__init__).parameters}
+    found = {name: getattr(assigner, name, None)
+             for name in inspect.signature(type(assigner).__init__).parameters}
     return {k: v for k,v in found.items() if isinstance(v, (bool, int, float))}
 
 def turned(
@@ -235,9 +251,11 @@ def nearby(
 )->list:     # other values, nearest first
     "What to try."
     if isinstance(value, bool): return [not value]
-    if isinstance(value, int): return [v for d in (1, 2, 3, 5, 8, 13, 20, 40) for v in (value-d, value+d) if v > 0]
+    if isinstance(value, int):
+        return [v for d in (1, 2, 3, 5, 8, 13, 20, 40) for v in (value-d, value+d) if v > 0]
     if value <= 0: return [.01, .03, .1, .3, .5, 1.]
-    return [value*(1+d) for f in (.05, .1, .2, .35, .5, .7, .9, .99) for d in (-f, f)] + [value*m for m in (3, 5, 10)]
+    return [value*(1+d) for f in (.05, .1, .2, .35, .5, .7, .9, .99)
+            for d in (-f, f)] + [value*m for m in (3, 5, 10)]
 
 # %% ../../nbs/06_targets/19_why_no_prior.ipynb #3c06ddbf
 def edge(
@@ -266,7 +284,8 @@ def smallest_change(
     for name,old in numbers_of(assigner).items():
         for new in nearby(old):
             price = 1. if isinstance(old, bool) else abs(new-old)/max(abs(old), .1)
-            if all(price >= best[g][0] if g in best else False for g in lost.nonzero()[:, 0].tolist()): continue
+            if all(price >= best[g][0] if g in best else False for g in lost.nonzero()[:, 0].tolist()):
+                continue
             try: helped = count(turned(assigner, name, new)) > 0
             except (ValueError, RuntimeError): continue
             for g in (helped & lost).nonzero()[:, 0].tolist():
@@ -297,7 +316,8 @@ def shape_on_level(
     w,h = (box[2:]-box[:2]).clamp(min=1e-3).tolist()
     stride = None if priors.strides is None else sum(priors.strides[level])/2
     out = dict(ratio=float(f'{h/w:.2g}'))
-    out['side'] = float(f'{(w*h)**.5:.2g}') if stride is None else stride*float(f'{(w*h)**.5/stride:.2g}')
+    out['side'] = (float(f'{(w*h)**.5:.2g}') if stride is None
+                   else stride*float(f'{(w*h)**.5/stride:.2g}'))
     return out if stride is None else dict(out, scale=out['side']/stride)
 
 # %% ../../nbs/06_targets/19_why_no_prior.ipynb #bdbadf6d
@@ -336,7 +356,8 @@ def helpful_prior(
 )->str:       # of the shape, or that it does not help
     "The shape to add, after trying it."
     shape = shape_on_level(gt.boxes[g], priors, level)
-    if positives(assigner, with_shape(priors, level, shape['side'], shape['ratio']), gt)[g] == 0: return 'its own shape does not help'
+    if positives(assigner, with_shape(priors, level, shape['side'], shape['ratio']), gt)[g] == 0:
+        return 'its own shape does not help'
     size = f'scale {shape["scale"]:.2g}' if 'scale' in shape else f'side {shape["side"]:.2g}'
     return f'ratio {shape["ratio"]:.2g}, {size} on level {level}'
 
@@ -373,13 +394,15 @@ def why_one_image(
     count = lambda a: positives(a, priors, gt, preds, **more)
     codes,counts = assigner.assign(priors, gt, preds, **more).gt_inds,count(assigner)
     boxes,lost = stand_in(assigner, priors, preds, more.get('approxs')),(counts == 0) & gt.real
-    tests = assigner.explain(priors, gt, preds, **more) if hasattr(assigner, 'explain') else generic_tests(boxes, gt)
+    tests = (assigner.explain(priors, gt, preds, **more) if hasattr(assigner, 'explain')
+             else generic_tests(boxes, gt))
     change = smallest_change(count, assigner, lost) if lost.any() else {}
     (best,level),rows = best_fit(gt, boxes, priors.levels),Reasons()
     can_add = preds is None and boxes is priors.boxes and priors.valid is None and not more
     for g in gt.valid.nonzero()[:, 0].tolist():
         w,h = (gt.boxes[g,2:]-gt.boxes[g,:2]).tolist()
-        row = dict(image=image, object=g+1, size=f'{w:.0f}×{h:.0f}', positives=int(counts[g]), best_iou=round(best[g].item(), 2),
+        row = dict(image=image, object=g+1, size=f'{w:.0f}×{h:.0f}', positives=int(counts[g]),
+                   best_iou=round(best[g].item(), 2),
                    level=int(level[g]), why='a crowd' if gt.ignore[g] else '', change='', prior='')
         if lost[g]:
             row['why'] = reason(tests, codes, g, priors.valid)
@@ -402,13 +425,17 @@ def why_no_prior(
     priors,     # `Priors`
     gt,         # `GroundTruth` of one image, or of a batch
     preds=None, # `Predictions` of the same, if the assigner looks at them
-    **more,     # what else `assign` takes: `approxs` `(..., P, A, 4)`, `responsible` `(..., P)`, `anchor_scale`
+    # what else `assign` takes: `approxs` `(..., P, A, 4)`, `responsible` `(..., P)`, `anchor_scale`
+    **more,
 )->Reasons:     # one row an object
     "How many priors each object has; if none: which test failed, and the smallest change that helps."
     if gt.boxes.dim() == 2: return why_one_image(assigner, priors, gt, preds, 0, **more)
     rows,axes = Reasons(),dict(approxs=3, responsible=1)
     for i in range(len(gt.boxes)):
-        own = Priors(of_image(priors.boxes, i, 2), priors.level_sizes, priors.strides, of_image(priors.valid, i, 1))
-        said = None if preds is None else type(preds)(preds.scores[i], of_image(preds.deltas, i, 2), {k: v[i] for k,v in preds.extras.items()})
-        rows += why_one_image(assigner, own, gt[i], said, i, **{k: of_image(v, i, axes.get(k, 9)) for k,v in more.items()})
+        own = Priors(of_image(priors.boxes, i, 2), priors.level_sizes, priors.strides,
+                     of_image(priors.valid, i, 1))
+        said = (None if preds is None else type(preds)(preds.scores[i], of_image(preds.deltas, i, 2),
+                                                       {k: v[i] for k,v in preds.extras.items()}))
+        rows += why_one_image(assigner, own, gt[i], said, i,
+                              **{k: of_image(v, i, axes.get(k, 9)) for k,v in more.items()})
     return rows
