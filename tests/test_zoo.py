@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 import pytest
 import torch
+import yaml
 from detlearn.core.config import Config
 from detlearn.core.registry import DETECTORS, NotFound
 from detlearn.detectors.build import build_detector
@@ -58,6 +59,19 @@ def plain(value):
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, tuple): return {'()': [plain(v) for v in value]}
     return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize('name', sorted(ZOO)[::40])
+def test_other_languages(name):
+    "Written as YAML it is the same, for PyYAML's own loader too; as JSON it is the same but for its tuples."
+    values = resolved(name)
+    text = Config(values).dump()
+    assert Config.fromstring(text, '.py').to_dict() == values
+    config = Config(values, 'x.yaml')
+    assert Config.fromstring(config.dump(), '.yaml').to_dict() == values
+    assert repr(yaml.load(config.dump(), yaml.FullLoader)) == repr(values)
+    with pytest.warns(UserWarning, match='.json can.t hold'): text = Config(values, 'x.json').dump()
+    assert json.loads(text) == json.loads(json.dumps(values))
 
 
 def sha1(text): return hashlib.sha1(text.encode()).hexdigest()

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['IN_CODE', 'MissingKey', 'wrap', 'unwrap', 'ConfigDict', 'walk', 'steps_from', 'path_of', 'split_commas',
            'parse_value', 'parse_set', 'mark_all', 'nested', 'warn_of_new', 'brackets', 'single_source', 'as_source',
-           'config_source', 'packaged', 'find_config', 'import_custom', 'take', 'place_at', 'Config', 'place_of_key',
-           'override', 'as_table']
+           'config_source', 'PlainDumper', 'as_json', 'as_yaml', 'packaged', 'find_config', 'import_custom', 'take',
+           'place_at', 'Config', 'text_values', 'loses', 'text_in', 'place_of_key', 'override', 'as_table']
 
 # %% ../../nbs/01_core/01c_config.ipynb #74f20723
-import importlib, importlib.util, keyword, os, re, warnings
+import importlib, importlib.util, json, keyword, os, re, warnings
 from collections.abc import Iterator
 from pathlib import Path
+import yaml
 from .registry import NotFound, nearest, spelled_like
 from .config_language import CALLS, LIMITS, ConfigError, Reading, Traced, plain, shown
-from .config_files import FILES, default_root, load, merged
+from .config_files import FILES, PlainLoader, default_root, load, load_text, merged
 
 # %% ../../nbs/01_core/01c_config.ipynb #267cfa9f
 class MissingKey(NotFound, AttributeError):
@@ -70,10 +71,8 @@ def walk(
     path=(),  # of the tree itself
 )->Iterator:  # `(path, value)` of everything inside, outermost first
     "All values of a tree with their paths."
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree,
-                                                                                      (list,
-                                                                                       tuple)) else ()
-    for k,v in items:
+    listed = isinstance(tree, (list, tuple))
+    for k,v in tree.items() if isinstance(tree, dict) else enumerate(tree if listed else ()):
         yield (*path, k),v
         yield from walk(v, (*path, k))
 
@@ -84,9 +83,8 @@ def steps_from(
 )->list:      # keys or numbers with which `rest` begins
     "The next steps that a dotted key may mean."
     if isinstance(tree, dict): return [k for k in tree if f'{rest}.'.startswith(f'{k}.')]
-    return [i for i in range(len(tree) if isinstance(tree,
-                                                     (list,
-                                                      tuple)) else 0) if rest.split('.')[0] == str(i)]
+    items = tree if isinstance(tree, (list, tuple)) else ()
+    return [i for i in range(len(items)) if rest.split('.')[0] == str(i)]
 
 def path_of(
     tree,    # dict
@@ -241,6 +239,30 @@ def config_source(
             raise ConfigError(f"{k!r} can't be a name in a .py config; rename it")
     return ''.join(f'{k} = {as_source(v, 0, 97-len(k))}\n' for k,v in values.items())
 
+# %% ../../nbs/01_core/01c_config.ipynb #7be7348e
+class PlainDumper(yaml.SafeDumper):
+    "YAML that reads back: tuples have their tag, texts with `{{` stand in double quotes."
+    def represent_tuple(self, v): return self.represent_sequence('tag:yaml.org,2002:python/tuple', v)
+    def represent_text(self, v):
+        style = '"' if '{{' in v else None
+        return self.represent_scalar('tag:yaml.org,2002:str', v, style=style)
+
+PlainDumper.add_representer(tuple, PlainDumper.represent_tuple)
+PlainDumper.add_representer(str, PlainDumper.represent_text)
+
+def as_json(
+    values, # plain
+)->str:     # its tuples are lists
+    "A config as JSON."
+    return json.dumps(values, indent=2).replace('{{', r'{\u007b')
+
+def as_yaml(
+    values, # plain
+)->str:     # keys in their order
+    "A config as YAML."
+    how = dict(sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return yaml.dump(values, Dumper=PlainDumper, **how).replace('{{', r'{\x7b')
+
 # %% ../../nbs/01_core/01c_config.ipynb #4be2b8c0
 def packaged()->dict: # name without `.py` -> file
     "The configs that come with the package."
@@ -328,6 +350,18 @@ class Config(ConfigDict):
         import_custom(cfg, allow_custom_imports)
         return cfg
 
+    @classmethod
+    def fromstring(cls,
+        cfg_str:str,     # text of a config
+        file_format:str, # its language: `.py`, `.json`, `.yaml` or `.yml`
+        root='.',        # folder that its `_base_` is relative to, and may not leave
+    )->'Config':         # `Config`; `ConfigError` for whatever is wrong
+        "Read a config that is in no file; nothing is executed."
+        cfg = cls(); cfg._root = os.path.realpath(root)
+        take(cfg, Traced(text_values(cfg_str, file_format, root), ''))
+        import_custom(cfg, False)
+        return cfg
+
     @property
     def filename(self)->str: # '' if there is none
         "The file it was read from."
@@ -357,16 +391,54 @@ class Config(ConfigDict):
         override(self, options, source)
 
     def dump(self,
-        path, # of a `.py` file, overwritten
-    ):
+        file=None, # path, overwritten; its ending says the language. None: give the text
+    )->str:        # the text, in the language of `filename`; None where there is a file
         "Write the resolved config; no `_base_` is left in it."
-        if Path(path).suffix != '.py':
-            raise ConfigError(f'{path}: a config is written as .py, which keeps tuples apart from lists')
-        Path(path).write_text(self.pretty_text, encoding='utf-8')
+        text = text_in(self.to_dict(), Path(file or self.filename).suffix or '.py')
+        if file is None: return text
+        Path(file).write_text(text, encoding='utf-8')
 
     def text_with_provenance(self)->str: # lines `key = value  # file:line`
         "Every single value with its place, for a report."
         return as_table(self)
+
+# %% ../../nbs/01_core/01c_config.ipynb #cf73a20d
+def text_values(
+    text:str,   # of a config
+    suffix:str, # its language: `.py`, `.json`, `.yaml` or `.yml`
+    root='.',   # folder that its `_base_` is relative to
+)->dict:        # of `Traced`
+    "The values of a text that is in no file."
+    if suffix not in FILES:
+        raise ConfigError(f'a config is written in one of {", ".join(FILES)}, not {suffix!r}')
+    reading = Reading(root)
+    if len(text) > reading.limits['bytes']:
+        raise ConfigError(f'the text has {len(text):,} characters; that is no config')
+    return load_text(text, reading.root/f'<text>{suffix}', reading)
+
+def loses(
+    values:dict, # plain
+    text:str,    # that was written for it
+    suffix:str,  # the language
+):
+    "Warn if a text does not read back to its values."
+    again = dict(walk(plain(Traced(text_values(text, suffix), ''))))
+    kind = lambda v: type(v) if isinstance(v, (dict, list, tuple)) else repr(v)
+    other = [(p, v) for p,v in walk(values) if kind(again.get(p)) != kind(v)]
+    for path,v in other[:1]:
+        warnings.warn(f"{suffix} can't hold {len(other)} of the values: {'.'.join(map(str, path))} is "
+                      f'{v!r:.60}, and reads back as {again.get(path)!r:.60}. Write .py to keep it.')
+
+def text_in(
+    values:dict, # plain
+    suffix:str,  # `.py`, `.json`, `.yaml` or `.yml`
+)->str:          # `ConfigError` for what no config can hold
+    "A config in one of the languages; a warning where it can't be told."
+    if suffix == '.py': return config_source(values)
+    as_source(values)
+    text = (as_json if suffix == '.json' else as_yaml)(values)
+    loses(values, text, suffix)
+    return text
 
 # %% ../../nbs/01_core/01c_config.ipynb #7b226ad7
 def place_of_key(

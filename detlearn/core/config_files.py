@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'merged', 'merged_dicts', 'merged_items', 'fill', 'base_value', 'settled', 'default_root', 'inside',
-           'text_of', 'load', 'check_chain', 'load_bases', 'PlainLoader', 'branches', 'from_tree', 'parse_json',
-           'parse_yaml', 'run_tree']
+           'text_of', 'load', 'load_text', 'check_chain', 'load_bases', 'PlainLoader', 'branches', 'from_tree',
+           'parse_json', 'parse_yaml', 'run_tree']
 
 # %% ../../nbs/01_core/01b_config_files.ipynb #64d9b40e
 import ast, json, os, re, warnings
@@ -165,7 +165,16 @@ def load(
     "The values of a file over those of its `_base_` files."
     path = Path(path)
     check_chain(path, reading, asked, chain)
-    src = Source(path, fill(text_of(path, reading.limits['bytes']), path), reading)
+    return load_text(text_of(path, reading.limits['bytes']), path, reading, chain)
+
+def load_text(
+    text:str,  # of a config
+    path,      # `Path` of its file; its ending says the language
+    reading,   # `Reading`
+    chain=(),  # files that led here
+)->dict:       # of `Traced`
+    "The values of a text over those of its `_base_` files."
+    src = Source(path, fill(text, path), reading)
     FILES[path.suffix](src)
     names = src.names
     base = load_bases(names['_base_'], path, reading, (*chain, path)) if '_base_' in names else {}
@@ -216,7 +225,7 @@ def load_bases(
 
 # %% ../../nbs/01_core/01b_config_files.ipynb #14e91515
 class PlainLoader(yaml.SafeLoader):
-    "YAML without aliases."
+    "YAML without aliases, and with tuples."
     def compose_node(self,
         parent,     # node around it, or None
         index,      # its place there
@@ -227,23 +236,30 @@ class PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f'line {line}: an alias (*name); write its value out')
         return super().compose_node(parent, index)
 
-# %% ../../nbs/01_core/01b_config_files.ipynb #9e1bd44f
+    def construct_tuple(self,
+        node,       # a sequence
+    )->tuple:       # of its values
+        "What `!!python/tuple` stands before."
+        return tuple(self.construct_sequence(node, deep=True))
+
+PlainLoader.add_constructor('tag:yaml.org,2002:python/tuple', PlainLoader.construct_tuple)
+
+# %% ../../nbs/01_core/01b_config_files.ipynb #7a5a569b
 def branches(
     node,    # syntax tree: of Python's parser (for json), of yaml's, or None
     line:int,# of the parent, for a node that has none
 )->tuple:    # its line; `{key or number: node}` of what it holds
     "Line and parts of a node."
+    if node is None: return line,{}
     if isinstance(node, ast.AST):
-        line,pairs = node.lineno,zip(node.keys, node.values) if isinstance(node, ast.Dict) else None
-        pairs = enumerate(getattr(node, 'elts', [])) if pairs is None else pairs
-    elif node is None: pairs = []
+        line,items = node.lineno,getattr(node, 'elts', [])
+        pairs = zip(node.keys, node.values) if isinstance(node, ast.Dict) else enumerate(items)
     else:
-        line,inner = node.start_mark.line+1,not isinstance(node, yaml.ScalarNode)
-        pairs = node.value if isinstance(node,
-                                         yaml.MappingNode) else enumerate(node.value if inner else [])
+        line,items = node.start_mark.line+1,[] if isinstance(node, yaml.ScalarNode) else node.value
+        pairs = items if isinstance(node, yaml.MappingNode) else enumerate(items)
     return line,{getattr(k, 'value', k): v for k,v in pairs}
 
-# %% ../../nbs/01_core/01b_config_files.ipynb #7a5a569b
+# %% ../../nbs/01_core/01b_config_files.ipynb #7cb78323
 def from_tree(
     value,  # from json or yaml
     node,   # syntax tree beside it, or None
@@ -257,7 +273,8 @@ def from_tree(
     below = lambda v,k: from_tree(v, parts.get(k), src, line)
     if isinstance(value, dict):
         return Traced({k: below(v, k if k in parts else str(k)) for k,v in value.items()}, place)
-    if isinstance(value, list): return Traced([below(v, i) for i,v in enumerate(value)], place)
+    if isinstance(value, (list, tuple)):
+        return Traced(type(value)(below(v, i) for i,v in enumerate(value)), place)
     if value is None or isinstance(value, (str, int, float)): return Traced(value, place)
     raise ConfigError(f'{place}: {type(value).__name__} is no type of a config; put it in quotes')
 
