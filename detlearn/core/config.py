@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from .registry import NotFound, nearest, spelled_like
 from .config_language import CALLS, LIMITS, ConfigError, Reading, Traced, plain, shown
-from .config_files import FILES, PlainLoader, default_root, load, load_text, merged
+from .config_files import FILES, default_root, load, load_text, merged
 
 # %% ../../nbs/01_core/01c_config.ipynb #267cfa9f
 class MissingKey(NotFound, AttributeError):
