@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['polygon_area', 'rescaled_size', 'crop_and_resize', 'resize_bitmaps', 'shifted', 'box_of', 'shear_matrix',
-           'rotation_matrix', 'warp_bitmaps', 'InstanceMasks', 'stacked', 'BitmapMasks', 'flip_axes', 'crop_window',
-           'corners', 'paint', 'through', 'extent_of', 'view_of', 'by_matrix', 'PolygonMasks', 'mask_target_single']
+           'rotation_matrix', 'warp_bitmaps', 'flip_axes', 'crop_window', 'InstanceMasks', 'stacked', 'BitmapMasks',
+           'corners', 'paint', 'through', 'extent_of', 'view_of', 'mirrored', 'pushed', 'by_matrix', 'PolygonMasks',
+           'mask_target_single']
 
 # %% ../../nbs/01_core/03d_masks.ipynb #595bad12
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def polygon_area(
     x,y = points[0::2],points[1::2]
     return float(abs((x*np.roll(y, -1) - np.roll(x, -1)*y).sum())/2)
 
+# %% ../../nbs/01_core/03d_masks.ipynb #24d0e32a
 def rescaled_size(
     height:int, # pixels
     width:int,  # pixels
@@ -43,10 +45,11 @@ def crop_and_resize(
     binarize=True, # at 0.5; False: the share of each cell
 )->Tensor:         # `(K, h, w)` uint8, or float32
     "Each box's part of its mask, at a fixed size."
-    if not len(boxes): return masks.new_zeros(0, *size, dtype=torch.uint8 if binarize else torch.float32)
+    dtype = torch.uint8 if binarize else torch.float32
+    if not len(boxes): return masks.new_zeros(0, *size, dtype=dtype)
     rois = torch.cat([inds[:, None].to(boxes.dtype), boxes], 1).float()
     out = roi_align(masks[:, None].float(), rois, size, 1., 0, True)[:, 0]
-    return (out >= .5).to(torch.uint8) if binarize else out
+    return (out >= .5).to(dtype) if binarize else out
 
 # %% ../../nbs/01_core/03d_masks.ipynb #3cbf6e7a
 def resize_bitmaps(
@@ -66,6 +69,7 @@ def resize_bitmaps(
     rows,cols = [(np.arange(n)*(1/(n/old))).astype(int) for n,old in sizes]  # rounded as OpenCV does
     return masks[:, rows[:, None], cols]
 
+# %% ../../nbs/01_core/03d_masks.ipynb #7ddd5ee4
 def shifted(
     masks,      # `(G, H, W)` uint8 array
     out_shape,  # `(height, width)`
@@ -107,6 +111,7 @@ def rotation_matrix(
     c,s,(x,y) = scale*np.cos(np.deg2rad(angle)),scale*np.sin(np.deg2rad(angle)),center
     return np.array([[c, -s, x - c*x + s*y], [s, c, y - s*x - c*y]])
 
+# %% ../../nbs/01_core/03d_masks.ipynb #a7f3a731
 def warp_bitmaps(
     masks,      # `(G, H, W)` uint8 array
     matrix,     # `(2, 3)`, from old to new pixels
@@ -118,10 +123,32 @@ def warp_bitmaps(
     if not len(masks): return np.zeros((0, h, w), np.uint8)
     y,x = np.mgrid[:h, :w]
     back = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
-    sx,sy = back @ np.stack([x.ravel(), y.ravel(), np.ones(h*w)])                  # where each came from
+    sx,sy = back @ np.stack([x.ravel(), y.ravel(), np.ones(h*w)])  # where each came from
     at = torch.from_numpy(np.stack([(2*sx+1)/W - 1, (2*sy+1)/H - 1], -1)).float().view(1, h, w, 2)
     soft = F.grid_sample(torch.from_numpy(masks).float()[None] - fill_val, at, align_corners=False)
     return (soft[0] + fill_val >= .5).to(torch.uint8).numpy()
+
+# %% ../../nbs/01_core/03d_masks.ipynb #c7cf77fc
+def flip_axes(
+    direction, # `'horizontal'`, `'vertical'` or `'diagonal'`
+)->tuple:      # axes of `(G, H, W)`
+    "What a mirror turns around."
+    axes = dict(horizontal=(2,), vertical=(1,), diagonal=(1, 2))
+    if direction not in axes:
+        raise ValueError(f'there is no flip direction {direction!r}: choose one of {", ".join(axes)}.')
+    return axes[direction]
+
+def crop_window(
+    bbox,       # `(4,)` xyxy
+    height:int, # pixels
+    width:int,  # pixels
+)->tuple:       # x, y, width, height: whole pixels
+    "A box cut at the border, at least one pixel large."
+    box = np.asarray(bbox)
+    if box.shape != (4,): raise ValueError(f'a crop is one box of four numbers, not {box.shape}.')
+    x1,x2 = np.clip(box[0::2], 0, width).astype(int)
+    y1,y2 = np.clip(box[1::2], 0, height).astype(int)
+    return x1,y1,max(x2-x1, 1),max(y2-y1, 1)
 
 # %% ../../nbs/01_core/03d_masks.ipynb #8331b7e1
 class InstanceMasks:
@@ -239,7 +266,7 @@ class BitmapMasks(InstanceMasks):
         maps,boxes,which = [torch.as_tensor(np.asarray(x)) for x in (self.masks, bboxes, inds)]
         parts = crop_and_resize(maps, boxes.float(), which.long(), tuple(out_shape), binarize).numpy()
         out = self.made(parts)
-        out.masks = parts                                                  # shares of cells stay shares
+        out.masks = parts  # shares of cells stay shares
         return out
 
     def expand(self,
@@ -279,28 +306,6 @@ class BitmapMasks(InstanceMasks):
         "The array."
         return self.masks
 
-# %% ../../nbs/01_core/03d_masks.ipynb #c7cf77fc
-def flip_axes(
-    direction, # `'horizontal'`, `'vertical'` or `'diagonal'`
-)->tuple:      # axes of `(G, H, W)`
-    "What a mirror turns around."
-    axes = dict(horizontal=(2,), vertical=(1,), diagonal=(1, 2))
-    if direction not in axes:
-        raise ValueError(f'there is no flip direction {direction!r}: choose one of {", ".join(axes)}.')
-    return axes[direction]
-
-def crop_window(
-    bbox,       # `(4,)` xyxy
-    height:int, # pixels
-    width:int,  # pixels
-)->tuple:       # x, y, width, height: whole pixels
-    "A box cut at the border, at least one pixel large."
-    box = np.asarray(bbox)
-    if box.shape != (4,): raise ValueError(f'a crop is one box of four numbers, not {box.shape}.')
-    x1,x2 = np.clip(box[0::2], 0, width).astype(int)
-    y1,y2 = np.clip(box[1::2], 0, height).astype(int)
-    return x1,y1,max(x2-x1, 1),max(y2-y1, 1)
-
 # %% ../../nbs/01_core/03d_masks.ipynb #bb572077
 def corners(
     parts,    # of one object
@@ -309,8 +314,8 @@ def corners(
     "Checked outlines of an object."
     for p in parts:
         if len(p) % 2 or len(p) < 6:
-            raise ValueError(f'object {number}: a polygon of {len(p)} numbers; three corners, x and y, '
-                             f'are the least.')
+            raise ValueError(f'object {number}: a polygon of {len(p)} numbers; '
+                             'three corners, x and y, are the least.')
     return [np.asarray(p, np.float64) for p in parts]
 
 def paint(
@@ -338,6 +343,7 @@ def extent_of(
     xy = np.concatenate(parts)
     return xy[0::2].min(),xy[1::2].min(),max(xy[0::2].max(), 0),max(xy[1::2].max(), 0)
 
+# %% ../../nbs/01_core/03d_masks.ipynb #bff38ce4
 def view_of(
     box,     # x1, y1, x2, y2
     size,    # `(height, width)` of the view
@@ -345,6 +351,25 @@ def view_of(
     "How corners are seen through a window."
     sx,sy = size[1]/max(box[2]-box[0], 1),size[0]/max(box[3]-box[1], 1)
     return lambda x,y: ((x-box[0])*sx, (y-box[1])*sy)
+
+def mirrored(
+    direction,  # see `flip_axes`
+    height:int, # pixels
+    width:int,  # pixels
+)->Callable:    # `f(x, y)` gives new `x, y`
+    "Where corners are in the mirror."
+    axes = flip_axes(direction)
+    return lambda x,y: (width-x if 2 in axes else x, height-y if 1 in axes else y)
+
+def pushed(
+    offset,    # pixels
+    direction, # `'horizontal'`: to the right; else down
+    size,      # `(height, width)`: that axis is cut there
+)->Callable:   # `f(x, y)` gives new `x, y`
+    "Where corners go along one axis."
+    h,w = size
+    if direction == 'horizontal': return lambda x,y: (np.clip(x+offset, 0, w), y)
+    return lambda x,y: (x, np.clip(y+offset, 0, h))
 
 def by_matrix(
     matrix,  # `(2, 3)`, from old to new pixels
@@ -354,7 +379,7 @@ def by_matrix(
     new = lambda x,y: matrix[:, :2] @ np.stack([x, y]) + matrix[:, 2:]
     return lambda x,y: [v.clip(0, n) for v,n in zip(new(x, y), size[::-1])]
 
-# %% ../../nbs/01_core/03d_masks.ipynb #bff38ce4
+# %% ../../nbs/01_core/03d_masks.ipynb #5abaf9f2
 class PolygonMasks(InstanceMasks):
     "Outlines of each object."
     def __init__(self,
@@ -392,9 +417,7 @@ class PolygonMasks(InstanceMasks):
         flip_direction='horizontal', # or `'vertical'`, `'diagonal'`
     )->'PolygonMasks':               # `PolygonMasks`
         "A mirror image."
-        axes = flip_axes(flip_direction)
-        return self.moved(lambda x,y: (self.width-x if 2 in axes else x,
-                                       self.height-y if 1 in axes else y))
+        return self.moved(mirrored(flip_direction, self.height, self.width))
 
     def pad(self,
         out_shape, # `(height, width)`
@@ -419,9 +442,11 @@ class PolygonMasks(InstanceMasks):
         binarize=True,           # must be True: an outline has no shares of cells
     )->'PolygonMasks':           # `PolygonMasks` of `K`
         "Each box's view of its object."
-        if not binarize: raise ValueError('polygons are always 0 or 1: paint them first, with to_bitmap()')
-        each = [(self.masks[int(i)], view_of(b, out_shape)) for b,i in zip(np.asarray(bboxes, float), inds)]
-        return PolygonMasks([through([parts], f)[0] for parts,f in each], *out_shape)
+        if not binarize:
+            raise ValueError('polygons are always 0 or 1: paint them first, with to_bitmap().')
+        views = [view_of(box, out_shape) for box in np.asarray(bboxes, float)]
+        parts = [through([self.masks[int(i)]], view)[0] for i,view in zip(inds, views)]
+        return PolygonMasks(parts, *out_shape)
 
     def translate(self,
         out_shape,              # `(height, width)`
@@ -431,9 +456,7 @@ class PolygonMasks(InstanceMasks):
         interpolation=None,     # not used
     )->'PolygonMasks':          # `PolygonMasks`, cut at the border
         "Moved."
-        h,w = out_shape
-        if direction == 'horizontal': return self.moved(lambda x,y: (np.clip(x+offset, 0, w), y), h, w)
-        return self.moved(lambda x,y: (x, np.clip(y+offset, 0, h)), h, w)
+        return self.moved(pushed(offset, direction, out_shape), *out_shape)
 
     def expand(self,
         expanded_h:int, # new height
@@ -458,7 +481,8 @@ class PolygonMasks(InstanceMasks):
 
     def to_bitmap(self)->BitmapMasks: # `BitmapMasks`
         "Painted, as COCO does."
-        return BitmapMasks([paint(p, self.height, self.width) for p in self.masks], self.height, self.width)
+        size = self.height,self.width
+        return BitmapMasks([paint(parts, *size) for parts in self.masks], *size)
 
     def to_ndarray(self)->np.ndarray: # `(G, H, W)` uint8
         "Painted."
