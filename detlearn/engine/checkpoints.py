@@ -9,6 +9,7 @@ __all__ = ['atomic_write', 'sync_folder', 'plain', 'capture_rng', 'restore_rng',
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #dfb70330
 import errno, json, os, random, shutil, time, warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -20,13 +21,13 @@ from .class_rows import remap_classes
 @contextmanager
 def atomic_write(
     path, # final name; its folder is made
-):        # a context that gives the temporary name to write to
+)->Iterator[Path]: # the temporary name to write to, in the same folder
     "A file that appears whole or not at all; what was there stays until then."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f'.{path.name}.tmp')
     try:
         yield temp
-        with open(temp, 'rb+') as f: os.fsync(f.fileno())        # the bytes are on the disk before the name is
+        with open(temp, 'rb+') as f: os.fsync(f.fileno())  # the bytes are on the disk before the name is
         os.replace(temp, path)
         sync_folder(path.parent)
     finally: temp.unlink(missing_ok=True)
@@ -44,37 +45,42 @@ def sync_folder(
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #7c6a56dc
 def plain(
     x, # anything
-):     # the same out of dict, list, tuple, numbers, strings and tensors on the CPU; what is none of these becomes its text
+)->object: # dict, list, tuple, number, string or CPU tensor; what is none of these becomes its text
     "What `torch.load(weights_only=True)` accepts."
     if torch.is_tensor(x): return x.detach().cpu()
-    if isinstance(x, dict): return {k if type(k) in (int, str) else str(k): plain(v) for k,v in x.items()}
-    if isinstance(x, (list, tuple)): return (tuple if isinstance(x, tuple) else list)(plain(v) for v in x)
-    if isinstance(x, np.ndarray): return torch.from_numpy(x.copy()) if x.dtype.kind in 'bif' else x.tolist()
-    if isinstance(x, np.generic): return x.item()
+    if isinstance(x, dict):
+        return {k if type(k) in (int, str) else str(k): plain(v) for k,v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return (tuple if isinstance(x, tuple) else list)(plain(v) for v in x)
+    if isinstance(x, np.ndarray) and x.dtype.kind in 'bif': return torch.from_numpy(x.copy())
+    if isinstance(x, (np.ndarray, np.generic)): return x.tolist()
     return x if type(x) in (bool, int, float, str, bytes, type(None)) else str(x)
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #a95e9e85
-def capture_rng()->dict: # plain values and tensors
+def capture_rng()->dict: # `python`, `numpy`, `torch`, `cuda` where it is in use; plain values, tensors
     "The state of every random number generator."
     name,keys,*rest = np.random.get_state()
-    out = dict(python=random.getstate(), numpy=(name, keys.astype(np.int64), *rest), torch=torch.get_rng_state())
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): out['cuda'] = torch.cuda.get_rng_state_all()
+    out = dict(python=random.getstate(), numpy=(name, keys.astype(np.int64), *rest),
+               torch=torch.get_rng_state())
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        out['cuda'] = torch.cuda.get_rng_state_all()
     return plain(out)
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #f9baa011
 def restore_rng(
-    state:dict, # from `capture_rng`
+    state:dict, # from `capture_rng`; `cuda` may be missing, or of more devices than there are
 ):
     "Put every generator back."
     random.setstate(tuple(tuple(s) if isinstance(s, list) else s for s in state['python']))
     name,keys,*rest = state['numpy']
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'].cpu())
-    if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'][:torch.cuda.device_count()])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state['cuda'][:torch.cuda.device_count()])
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #67cfc50d
 @contextmanager
-def same_rng():
+def same_rng()->Iterator[None]: # a context
     "Whatever is drawn inside, outside goes on as if nothing had been drawn."
     state = capture_rng()
     try: yield
@@ -91,16 +97,17 @@ def weights_of(
 @contextmanager
 def full_disk_explained(
     path, # that is written
-):        # a context
-    "An error of a full disk in plain words."
+)->Iterator[None]: # a context for the writing
+    "An error of a full disk in plain words; any other passes as it is."
     try: yield
     except (OSError, RuntimeError) as e:
         free = shutil.disk_usage(Path(path).parent).free
         if getattr(e, 'errno', None) != errno.ENOSPC and free > 2**20: raise
         whole = sorted(Path(path).parent.glob('*.pth'), key=lambda p: p.stat().st_mtime)
         last = f'The last whole checkpoint is {whole[-1]}' if whole else 'There is no checkpoint yet'
-        raise OSError(errno.ENOSPC, f'the disk is full: {path} can not be written ({free//1024} KB free; No space left on '
-                      f'device). {last}. Make room, or go on elsewhere: another work_dir and resume_from') from None
+        raise OSError(errno.ENOSPC, f'the disk is full: {path} can not be written ({free//1024} KB '
+                      f'free; No space left on device). {last}. Make room, or go on elsewhere: '
+                      'another work_dir and resume_from') from None
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #effeb017
 def versions()->dict: # `detlearn_version`, `torch_version`, `python_version`
@@ -112,9 +119,9 @@ def versions()->dict: # `detlearn_version`, `torch_version`, `python_version`
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #a1732822
 def save_checkpoint(
     path,           # `.pth`: everything; `.safetensors`: weights, and `meta` as JSON
-    model,          # its `state_dict` is saved
+    model,          # its `state_dict` is saved; wrapped for several processes or not
     optimizer=None, # its state is saved, if given
-    meta=None,      # dict: epoch, iter, CLASSES, ...
+    meta=None,      # dict: epoch, iter, CLASSES, ...; versions and the time are added
     **extra,        # further entries, e.g. `rng=capture_rng()`
 )->Path:            # the path
     "Save atomically, in the zoo's layout."
@@ -124,7 +131,8 @@ def save_checkpoint(
     with atomic_write(path) as temp, full_disk_explained(path):
         if path.suffix == '.safetensors':
             from safetensors.torch import save_file
-            save_file({k: v.clone().contiguous() for k,v in state.items()}, temp, dict(meta=json.dumps(meta, default=str)))
+            text = json.dumps(meta, default=str)
+            save_file({k: v.clone().contiguous() for k,v in state.items()}, temp, dict(meta=text))
         else:
             entries = dict(extra) if optimizer is None else dict(extra, optimizer=optimizer.state_dict())
             torch.save(dict(meta=meta, state_dict=state, **plain(entries)), temp)
@@ -133,7 +141,7 @@ def save_checkpoint(
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #f042c07c
 def classes_in(
     source, # file, or what `read_weights` takes
-):          # class names, or None where the file does not say
+)->tuple:   # class names, or None where the file does not say
     "Which classes a checkpoint was trained for."
     path = Path(str(source))
     if not path.is_file(): return None
@@ -147,12 +155,14 @@ def classes_in(
 def load_checkpoint(
     model,        # filled in place
     path,         # file, url or `torchvision://...`, see `read_weights`
-    classes=None, # class names of the model: rows of the last layers follow their names, if the file has names
-)->object:        # `LoadReport`: loaded, reinitialised, missing, unexpected; and `rows`: `{name: classes kept}`
+    classes=None, # class names of the model: known ones keep their rows of the last layers
+)->object:        # `LoadReport`: what was loaded and what not; `rows` holds `{name: classes kept}`
     "Weights alone, as far as they fit."
     model,state,kept = getattr(model, 'module', model),read_weights(path),{}
     old = classes_in(path) if classes else None
-    if old: state,kept = remap_classes(strip_prefix(state, 'module.'), model.state_dict(), old, tuple(classes))
+    if old:
+        state = strip_prefix(state, 'module.')
+        state,kept = remap_classes(state, model.state_dict(), old, tuple(classes))
     report = load_state(model, state)
     report.rows = kept
     return report
@@ -164,12 +174,17 @@ def resume_checkpoint(
     optimizer=None, # filled in place, if the file has its state
 )->dict:            # the whole file: `meta`, `rng`, ...
     "Weights and optimizer, exactly."
-    if Path(path).suffix == '.safetensors': raise ValueError(f'{path} holds weights alone, no optimizer and no epoch: use load_from, or resume from a .pth file.')
+    if Path(path).suffix == '.safetensors':
+        raise ValueError(f'{path} holds weights alone, no optimizer and no epoch: use load_from, or '
+                         'resume from a .pth file.')
     state = read_file(path)
-    if 'state_dict' not in state or 'meta' not in state: raise ValueError(f'{path} holds no training state (no meta, no state_dict): use load_from.')
+    if 'state_dict' not in state or 'meta' not in state:
+        raise ValueError(f'{path} holds no training state (no meta, no state_dict): use load_from.')
     try: load_state(getattr(model, 'module', model), state['state_dict'], strict=True)
-    except ValueError as e: raise ValueError(f'{path} is not a checkpoint of this model: {e}. To take over what fits, use load_from instead of resume_from.') from None
-    if optimizer is not None and 'optimizer' in state: load_optimizer(optimizer, state['optimizer'], path)
+    except ValueError as e:
+        raise ValueError(f'{path} is not a checkpoint of this model: {e}. To take over what fits, use '
+                         'load_from instead of resume_from.') from None
+    if optimizer and 'optimizer' in state: load_optimizer(optimizer, state['optimizer'], path)
     return state
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #fb1185a7
@@ -179,9 +194,12 @@ def load_optimizer(
     path='the checkpoint', # for the message
 ):
     "The state of an optimizer of the same shape."
-    ours,theirs = ([len(g['params']) for g in groups] for groups in (optimizer.param_groups, state['param_groups']))
+    lengths = lambda groups: [len(g['params']) for g in groups]
+    ours,theirs = lengths(optimizer.param_groups),lengths(state['param_groups'])
     if ours != theirs:
-        raise ValueError(f'{path}: its optimizer has groups of {theirs} tensors, this one of {ours}. The optimizer config or the frozen layers have changed: resume with those of then, or use load_from.')
+        raise ValueError(f'{path}: its optimizer has groups of {theirs} tensors, this one of {ours}. '
+                         'The optimizer config or the frozen layers have changed: resume with those '
+                         'of then, or use load_from.')
     optimizer.load_state_dict(state)
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #7d657ce9
@@ -193,7 +211,8 @@ def slim(
     import hashlib
     state,path = read_file(path),Path(path)
     if 'state_dict' not in state: raise ValueError(f'{path} is no checkpoint: it has no state_dict.')
-    meta = {k: v for k,v in (state.get('meta') or {}).items() if k in ('CLASSES', 'PALETTE') or k.endswith('_version')}
+    kept = lambda k: k in ('CLASSES', 'PALETTE') or k.endswith('_version')
+    meta = {k: v for k,v in (state.get('meta') or {}).items() if kept(k)}
     base = Path(out).with_suffix('') if out else path.with_suffix('')
     whole = base.with_suffix('.pth.part')
     with atomic_write(whole) as temp: torch.save(dict(meta=meta, state_dict=state['state_dict']), temp)
@@ -204,7 +223,7 @@ def slim(
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #74b45a59
 def position(
     path, # of a `.pth` file
-):        # when it was saved (seconds), iterations done; None, with a warning, if the file is damaged or not ours
+)->tuple: # when it was saved (seconds), iterations done; None, with a warning: damaged or not ours
     "When a checkpoint was saved, and how far it had come."
     try:
         meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']
@@ -215,11 +234,12 @@ def position(
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #83bb1b91
 def find_latest(
     work_dir,       # folder with `.pth` files; may be missing
-    since:float=0., # only files that were written after that time
-):                  # path of the whole checkpoint that was saved last, or None
+    since:float=0., # only files that were written after that time (seconds)
+)->Path:            # of the whole checkpoint that was saved last, or None
     "Where to resume."
-    files = [p for p in Path(work_dir).glob('*.pth') if not p.is_symlink() and p.stat().st_mtime >= since]
-    whole = [(at, p) for p in files if not p.name.startswith(('.', 'best_')) and (at := position(p)) is not None]
+    files = [p for p in Path(work_dir).glob('*.pth') if not p.name.startswith(('.', 'best_'))]
+    files = [p for p in files if not p.is_symlink() and p.stat().st_mtime >= since]
+    whole = [(at, p) for p in files if (at := position(p)) is not None]
     return max(whole)[1] if whole else None
 
 # %% ../../nbs/14_engine/03_checkpoints.ipynb #806afeaf
@@ -242,7 +262,8 @@ def keep_last(
 )->list:           # names of the removed files
     "Remove the older ones."
     pre,post = template.split('{}')
-    numbers = sorted(int(n) for p in Path(folder).glob(f'{pre}*{post}') if (n := p.name[len(pre):len(p.name)-len(post)]).isdigit())
-    old = [n for n in numbers if n <= number][:-keep] if keep > 0 else []
+    found = [p.name[len(pre):len(p.name)-len(post)] for p in Path(folder).glob(f'{pre}*{post}')]
+    numbers = sorted(int(n) for n in found if n.isdigit() and int(n) <= number)
+    old = numbers[:-keep] if keep > 0 else []
     for n in old: (Path(folder)/template.format(n)).unlink(missing_ok=True)
     return [template.format(n) for n in old]

@@ -7,6 +7,7 @@ __all__ = ['LAST', 'row_layout', 'copy_rows', 'remap_classes']
 
 # %% ../../nbs/14_engine/02a_class_rows.ipynb #48222958
 import re
+from torch import Tensor
 
 # %% ../../nbs/14_engine/02a_class_rows.ipynb #f8ced144
 def row_layout(
@@ -15,7 +16,7 @@ def row_layout(
     new:int,  # rows in the model
     c_old:int,# classes of the file
     c_new:int,# classes of the model
-):            # `(k, before, after, class_first)`, or None: no layout explains the numbers
+)->tuple:     # `(k, before, after, class_first)`, see `copy_rows`; None: no layout explains the numbers
     "How the classes lie in the rows of a tensor."
     for before,after in ((0, 0), (0, 1), (5, 0)):
         a,b = c_old+before+after,c_new+before+after
@@ -24,15 +25,16 @@ def row_layout(
 
 # %% ../../nbs/14_engine/02a_class_rows.ipynb #c12c3d00
 def copy_rows(
-    value,    # tensor of the file
+    value,    # tensor of the file, `(rows, ...)`
     own,      # tensor of the model
-    layout,   # from `row_layout`
+    layout,   # `k` blocks of `before`, the classes, `after`; or `k` rows a class, where `class_first`
     pairs,    # `[(place in the file, place in the model)]` of the common classes
-):            # a tensor like `own`, with the rows of common classes from the file
+)->Tensor:    # like `own`, with the rows of common classes from the file
     "Rows by class name; what lies before and after the classes is copied."
     k,before,after,first = layout
-    table = lambda t: t.reshape(-1, k, *t.shape[1:]).transpose(0, 1) if first else t.reshape(k, -1, *t.shape[1:])
-    source,out = table(value),table(own.clone())                             # (k, rows of one, ...)
+    def table(t):
+        return t.unflatten(0, (-1, k)).transpose(0, 1) if first else t.unflatten(0, (k, -1))
+    source,out = table(value),table(own.clone())  # (k, rows of a block, ...)
     for i,j in pairs: out[:, before+j] = source[:, before+i]
     if before: out[:, :before] = source[:, :before]
     if after: out[:, -after:] = source[:, -after:]

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PRIORITIES', 'POINTS', 'get_priority', 'falls_back', 'Hook', 'every', 'is_last', 'end_of_epoch', 'LogBuffer',
            'mean_of', 'clip_gradients', 'OptimizerHook', 'LrUpdaterHook', 'FixedLrUpdaterHook', 'StepLrUpdaterHook',
-           'ExpLrUpdaterHook', 'PolyLrUpdaterHook', 'InvLrUpdaterHook', 'CosineAnnealingLrUpdaterHook',
+           'ExpLrUpdaterHook', 'InvLrUpdaterHook', 'PolyLrUpdaterHook', 'CosineAnnealingLrUpdaterHook',
            'FlatCosineAnnealingLrUpdaterHook', 'LinearAnnealingLrUpdaterHook', 'CosineRestartLrUpdaterHook',
            'CyclicLrUpdaterHook', 'OneCycleLrUpdaterHook', 'YOLOXLrUpdaterHook', 'IterTimerHook', 'DistSamplerSeedHook',
            'folder_for', 'mean_buffers', 'check_files', 'CheckpointHook']
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #0fc38329
 import time, warnings
+from collections.abc import Callable
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from .checkpoints import keep_last
 from .schedules import check_options, lr_at, read_lr_config
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #c9c2beb6
-PRIORITIES = dict(HIGHEST=0, VERY_HIGH=10, HIGH=30, ABOVE_NORMAL=40, NORMAL=50, BELOW_NORMAL=60, LOW=70, VERY_LOW=90, LOWEST=100)
+PRIORITIES = dict(HIGHEST=0, VERY_HIGH=10, HIGH=30, ABOVE_NORMAL=40, NORMAL=50, BELOW_NORMAL=60, LOW=70,
+                  VERY_LOW=90, LOWEST=100)
 
 def get_priority(
     priority, # 0 (first) to 100 (last), or one of the zoo's names
@@ -28,17 +30,19 @@ def get_priority(
     "The number of a priority."
     if isinstance(priority, str) and priority.upper() in PRIORITIES: return PRIORITIES[priority.upper()]
     if isinstance(priority, int) and 0 <= priority <= 100: return priority
-    raise ValueError(f'priority={priority!r}: choose a number from 0 (first) to 100 (last), or one of {", ".join(PRIORITIES)}.')
+    raise ValueError(f'priority={priority!r}: choose a number from 0 (first) to 100 (last), or one of '
+                     f'{", ".join(PRIORITIES)}.')
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #3cafa746
-POINTS = dict(before_run=None, after_run=None, before_epoch=None, after_epoch=None, before_iter=None, after_iter=None, before_save=None, after_save=None,
-              before_train_epoch='before_epoch', before_val_epoch='before_epoch', after_train_epoch='after_epoch', after_val_epoch='after_epoch',
-              before_train_iter='before_iter', before_val_iter='before_iter', after_train_iter='after_iter', after_val_iter='after_iter')
+POINTS = dict.fromkeys(['before_run', 'after_run', 'before_save', 'after_save',
+                        'before_epoch', 'after_epoch', 'before_iter', 'after_iter'])
+POINTS |= {f'{when}_{mode}_{what}': f'{when}_{what}'  # each under the more general one
+           for what in ('epoch', 'iter') for when in ('before', 'after') for mode in ('train', 'val')}
 
 def falls_back(
-    name,   # of a point
-    parent, # the more general point, or None
-):          # a method
+    name:str, # of a point
+    parent,   # the more general point, or None
+)->Callable:  # a method that takes the runner
     "What a hook does at a point that it does not define."
     def point(self, runner): return getattr(self, parent)(runner) if parent else None
     point.__name__,point.__doc__ = name,f'Called at `{name}`.'
@@ -69,22 +73,22 @@ for _name,_parent in POINTS.items(): setattr(Hook, _name, falls_back(_name, _par
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #dacb2357
 def every(
-    done:int,     # finished before this one, from 0
+    done:int,     # epochs or iterations finished before this one, from 0
     interval:int, # below 1: never
-)->bool:
+)->bool:          # True for number `interval`, `2*interval`, ...
     "Is this one the last of an interval?"
     return interval > 0 and (done+1) % interval == 0
 
 def is_last(
     runner,        # at an `after_train_*` point
     by_epoch:bool, # epochs or iterations
-)->bool:
+)->bool:           # False, too, where the run has no such limit
     "Is this the last epoch (or iteration) of the run?"
     return runner.epoch+1 == runner.max_epochs if by_epoch else runner.iter+1 == runner.max_iters
 
 def end_of_epoch(
-    runner, # at `after_train_iter`
-)->bool:
+    runner, # at `after_train_iter`; its loader has a length
+)->bool:    # True in the last iteration of each epoch
     "Is this the last iteration of the epoch?"
     return runner.inner_iter+1 == len(runner.data_loader)
 
@@ -94,10 +98,11 @@ class LogBuffer:
     def __init__(self): self.clear()
 
     def clear(self,
-        keep:int=2000, # iterations that are remembered
+        keep:int=2000, # iterations that are remembered, at least
     ):
         "Forget everything."
-        self.keep,self.values,self.output = keep,{},{}   # output: the results of an evaluation, for the loggers
+        self.keep,self.values = keep,{}
+        self.output = {}  # the results of an evaluation, for the loggers
 
     def update(self,
         values:dict, # numbers and 0-d tensors by name
@@ -115,12 +120,14 @@ class LogBuffer:
         names = list(self.values)
         means = [mean_of(self.values[k][-n:]) for k in names]
         at = [i for i,m in enumerate(means) if torch.is_tensor(m)]
-        for i,v in zip(at, torch.stack([means[i].float() for i in at]).tolist() if at else []): means[i] = v
+        read = torch.stack([means[i].float() for i in at]).tolist() if at else []
+        for i,v in zip(at, read): means[i] = v
         return dict(zip(names, means))
 
+# %% ../../nbs/14_engine/04_hooks.ipynb #3d3e8209
 def mean_of(
-    row:list, # `(number or 0-d tensor, weight)`
-):            # a number, or a 0-d tensor that has not been read yet
+    row:list, # `(number or 0-d tensor, weight)`, all of one kind
+)->object:    # a number, or a 0-d tensor that has not been read yet
     "A weighted mean that waits for nothing."
     values,counts = zip(*row)
     if not torch.is_tensor(values[0]): return sum(v*c for v,c in row)/sum(counts)
@@ -131,7 +138,7 @@ def clip_gradients(
     runner,         # with gradients
     grad_clip:dict, # `dict(max_norm=35, norm_type=2)`; None: no clipping
     detect=False,   # warn about parameters that the loss does not depend on
-)->bool:            # False: there was something to warn about
+)->bool:            # False: `detect` has found some
     "Clip, and log the norm; what has no gradient is left out."
     params = [(n, p) for n,p in runner.model.named_parameters() if p.requires_grad]
     lost = [n for n,p in params if p.grad is None] if detect else []
@@ -148,7 +155,7 @@ class OptimizerHook(Hook):
     priority = 'ABOVE_NORMAL'
     def __init__(self,
         grad_clip:dict=None,                 # `dict(max_norm=35, norm_type=2)`; None: no clipping
-        detect_anomalous_params:bool=False,  # warn, once, about parameters that the loss does not depend on
+        detect_anomalous_params:bool=False,  # warn, once, about parameters without a gradient
     ): self.grad_clip,self.detect = grad_clip,detect_anomalous_params
 
     def backward(self,
@@ -165,7 +172,9 @@ class OptimizerHook(Hook):
         self.detect = clip_gradients(runner, self.grad_clip, self.detect) and self.detect
         runner.optimizer.step()
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # with `outputs['loss']`, a 0-d tensor
+    ):
         "One batch, one step."
         runner.optimizer.zero_grad()
         self.backward(runner, runner.outputs['loss'])
@@ -184,15 +193,20 @@ class LrUpdaterHook(Hook):
         self.cfg = dict(options, policy=policy or self.policy)
         check_options(self.cfg['policy'], *read_lr_config(self.cfg)[:2])
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # the rates of its optimizer are the base rates, unless a checkpoint brought `initial_lr`
+    ):
         "Remember the base rates."
         for g in runner.optimizer.param_groups: g.setdefault('initial_lr', g['lr'])
 
-    def before_train_iter(self, runner):
+    def before_train_iter(self,
+        runner, # `epoch`, `iter`, `max_epochs`, `max_iters` are its place in the schedule
+    ):
         "The rate of this iteration, for each group."
         now,cfg,known = (runner.epoch, runner.iter, runner.max_epochs, runner.max_iters),self.cfg,{}
         for i,g in enumerate(runner.optimizer.param_groups):
-            if isinstance(cfg.get('max_lr'), (list, tuple)): cfg = dict(self.cfg, max_lr=self.cfg['max_lr'][i])
+            if isinstance(cfg.get('max_lr'), (list, tuple)):
+                cfg = dict(self.cfg, max_lr=self.cfg['max_lr'][i])
             base = g['initial_lr']
             if base not in known or cfg is not self.cfg: known[base] = lr_at(cfg, base, *now)
             g['lr'] = known[base]
@@ -200,26 +214,41 @@ class LrUpdaterHook(Hook):
 # %% ../../nbs/14_engine/04_hooks.ipynb #590e79df
 @HOOKS.register_module()
 class FixedLrUpdaterHook(LrUpdaterHook): "The same rate all the time."; policy = 'fixed'
+
 @HOOKS.register_module()
 class StepLrUpdaterHook(LrUpdaterHook): "Stairs."; policy = 'step'
+
 @HOOKS.register_module()
 class ExpLrUpdaterHook(LrUpdaterHook): "The same factor again and again."; policy = 'exp'
-@HOOKS.register_module()
-class PolyLrUpdaterHook(LrUpdaterHook): "A power of what is left."; policy = 'poly'
+
 @HOOKS.register_module()
 class InvLrUpdaterHook(LrUpdaterHook): "Slower and slower."; policy = 'inv'
+
+@HOOKS.register_module()
+class PolyLrUpdaterHook(LrUpdaterHook): "A power of what is left."; policy = 'poly'
+
+# %% ../../nbs/14_engine/04_hooks.ipynb #8c1b436f
 @HOOKS.register_module()
 class CosineAnnealingLrUpdaterHook(LrUpdaterHook): "Half a cosine."; policy = 'CosineAnnealing'
+
 @HOOKS.register_module()
-class FlatCosineAnnealingLrUpdaterHook(LrUpdaterHook): "Flat, then half a cosine."; policy = 'FlatCosineAnnealing'
+class FlatCosineAnnealingLrUpdaterHook(LrUpdaterHook):
+    "Flat, then half a cosine."
+    policy = 'FlatCosineAnnealing'
+
 @HOOKS.register_module()
 class LinearAnnealingLrUpdaterHook(LrUpdaterHook): "A straight line."; policy = 'LinearAnnealing'
+
 @HOOKS.register_module()
-class CosineRestartLrUpdaterHook(LrUpdaterHook): "Half a cosine, several times."; policy = 'CosineRestart'
+class CosineRestartLrUpdaterHook(LrUpdaterHook): "Half a cosine, repeated."; policy = 'CosineRestart'
+
+# %% ../../nbs/14_engine/04_hooks.ipynb #cdf220d5
 @HOOKS.register_module()
 class CyclicLrUpdaterHook(LrUpdaterHook): "Up and down, several times."; policy = 'cyclic'
+
 @HOOKS.register_module()
 class OneCycleLrUpdaterHook(LrUpdaterHook): "Up once and down once."; policy = 'OneCycle'
+
 @HOOKS.register_module()
 class YOLOXLrUpdaterHook(LrUpdaterHook): "A parabola up, half a cosine down, flat."; policy = 'YOLOX'
 
@@ -228,32 +257,42 @@ class YOLOXLrUpdaterHook(LrUpdaterHook): "A parabola up, half a cosine down, fla
 class IterTimerHook(Hook):
     "How long an iteration takes (`time`), and how much of it is spent waiting for data (`data_time`)."
     priority = 'LOW'
-    def before_epoch(self, runner):
+    def before_epoch(self,
+        runner, # not used
+    ):
         "Start the clock."
         self.t = time.perf_counter()
 
-    def before_iter(self, runner):
+    def before_iter(self,
+        runner, # its log gets `data_time`, seconds
+    ):
         "The batch is there."
         runner.log_buffer.update(dict(data_time=time.perf_counter()-self.t))
 
-    def after_iter(self, runner):
+    def after_iter(self,
+        runner, # its log gets `time`, seconds
+    ):
         "The iteration is over."
         now = time.perf_counter(); runner.log_buffer.update(dict(time=now-self.t)); self.t = now
 
+# %% ../../nbs/14_engine/04_hooks.ipynb #515f231b
 @HOOKS.register_module()
 class DistSamplerSeedHook(Hook):
     "Another order of the images in every epoch, the same in every run."
-    def before_train_epoch(self, runner):
+    def before_train_epoch(self,
+        runner, # its loader, or the sampler of that, may have `set_epoch`; nothing happens without
+    ):
         "Tell the loader, or its sampler, the number of the epoch."
         loader = runner.data_loader
-        for part in (loader, getattr(loader, 'sampler', None), getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)):
+        of_batches = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
+        for part in (loader, getattr(loader, 'sampler', None), of_batches):
             if hasattr(part, 'set_epoch'): part.set_epoch(runner.epoch); break
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #621680b6
 def folder_for(
     out_dir,  # as in a config, or None
     work_dir, # of the run, or None
-):            # a folder, or None
+)->object:    # `OUT_DIR/NAME_OF_WORK_DIR`, or the one that is given, or None
     "As in the zoo, `out_dir` is the home of many runs."
     return Path(out_dir)/Path(work_dir).name if out_dir and work_dir else out_dir or work_dir
 
@@ -271,7 +310,8 @@ def check_files(
 ):
     "A sentence for stores that are no disk."
     if client and dict(client).get('backend', 'disk') != 'disk':
-        raise ValueError(f'file_client_args={client}: files are written to a disk. Mount the store as a folder, and set out_dir.')
+        raise ValueError(f'file_client_args={client}: files are written to a disk. Mount the store as a '
+                         'folder, and set out_dir.')
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #3dba511e
 @HOOKS.register_module()
@@ -285,32 +325,38 @@ class CheckpointHook(Hook):
         out_dir=None,              # `OUT_DIR/NAME_OF_WORK_DIR` instead of `work_dir`
         max_keep_ckpts:int=-1,     # remove all but the newest; below 1: keep all
         save_last:bool=True,       # also after the last epoch or iteration
-        sync_buffer:bool=False,    # before saving, average running means and the like over all processes
+        sync_buffer:bool=False,    # first average running means and the like over all processes
         file_client_args=None,     # must be None or `dict(backend='disk')`
-        **kwargs,                  # of the runner's `save_checkpoint`: `meta`, `filename_tmpl`, `create_symlink`
+        **kwargs,                  # `meta`, `filename_tmpl`, `create_symlink` of `save_checkpoint`
     ):
         known = ('meta', 'filename_tmpl', 'create_symlink'); check_files(file_client_args)
         for k in kwargs:
             if k not in known: raise TypeError(f'CheckpointHook has no setting {k!r}{nearest(k, known)}')
-        self.interval,self.by_epoch,self.save_optimizer,self.out_dir = interval,by_epoch,save_optimizer,out_dir
-        self.keep,self.save_last,self.sync,self.kwargs = max_keep_ckpts,save_last,sync_buffer,kwargs
-        self.template = self.kwargs.pop('filename_tmpl', 'epoch_{}.pth' if by_epoch else 'iter_{}.pth')
+        self.interval,self.by_epoch,self.save_optimizer = interval,by_epoch,save_optimizer
+        self.out_dir,self.keep,self.save_last,self.sync = out_dir,max_keep_ckpts,save_last,sync_buffer
+        self.template = kwargs.pop('filename_tmpl', 'epoch_{}.pth' if by_epoch else 'iter_{}.pth')
+        self.kwargs = kwargs
 
     def save(self,
         runner,     # at an `after_train_*` point
         done:int,   # epochs or iterations before this one
     ):
         "Save if it is time."
-        if not (every(done, self.interval) or (self.save_last and is_last(runner, self.by_epoch))): return
-        folder = folder_for(self.out_dir, runner.work_dir)
+        last = self.save_last and is_last(runner, self.by_epoch)
+        if not (every(done, self.interval) or last): return
+        folder,name = folder_for(self.out_dir, runner.work_dir),self.template.format(done+1)
         if self.sync: mean_buffers(runner.model)
-        self.last = runner.save_checkpoint(folder, self.template.format(done+1), self.save_optimizer, **self.kwargs)
+        self.last = runner.save_checkpoint(folder, name, self.save_optimizer, **self.kwargs)
         keep_last(folder, self.template, done+1, self.keep)
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # saved with `by_epoch=True`
+    ):
         "After an epoch."
         if self.by_epoch: self.save(runner, runner.epoch)
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # saved with `by_epoch=False`
+    ):
         "After an iteration."
         if not self.by_epoch: self.save(runner, runner.iter)

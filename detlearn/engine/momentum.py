@@ -11,8 +11,8 @@ __all__ = ['MOMENTA', 'one_cycle_momentum', 'step_momentum', 'cyclic_momentum', 
 # %% ../../nbs/14_engine/12_momentum.ipynb #16254006
 from ..core.registry import HOOKS, call, nearest
 from .hooks import Hook
-from .schedules import ANNEAL, check_warmup, cosine_annealing_lr, cyclic_lr, linear_annealing_lr
-from .schedules import step_lr, warmup_factor
+from .schedules import annealing, check_warmup, cosine_annealing_lr, cyclic_lr
+from .schedules import linear_annealing_lr, step_lr, warmup_factor
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #8dce2ae0
 def one_cycle_momentum(
@@ -24,23 +24,23 @@ def one_cycle_momentum(
     pct_start:float=.3,    # part of the cycle in which the rate rises
     anneal_strategy='cos', # or `'linear'`
     three_phase=False,     # back up as fast as it went down, then stay
-)->float:
+)->float:                  # from `max_momentum` to `base_momentum` and back
     "Down once and up once."
-    between,up,low,top = ANNEAL[anneal_strategy],pct_start*T-1,base_momentum,max_momentum
+    between,up,low,top = annealing(anneal_strategy),pct_start*T-1,base_momentum,max_momentum
     phases = [(0, up, top, low), (up, T-1, low, top)]
-    if three_phase: phases = [phases[0], (up, 2*pct_start*T-2, low, top), (2*pct_start*T-2, T-1, top, top)]
+    if three_phase: phases[1:] = [(up, 2*up, low, top), (2*up, T-1, top, top)]
     x0,x1,a,b = next(p for p in phases if t <= p[1])
     return between(a, b, (t-x0)/(x1-x0))
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #7b4f0d17
 def step_momentum(
     base:float,        # momentum of the optimizer
-    t,                 # progress
+    t,                 # progress, in epochs or iterations
     T,                 # its end, not used
     step,              # a drop every so many, or a list of milestones
     gamma:float=.5,    # factor of a drop
-    min_momentum=None, # never below this
-)->float:
+    min_momentum=None, # never below this; None: no floor
+)->float:              # falls in stairs
     "Stairs."
     return step_lr(base, t, T, step, gamma, min_momentum)
 
@@ -49,31 +49,33 @@ def cyclic_momentum(
     t,                           # progress, in iterations
     T,                           # its end
     target_ratio=(.85/.95, 1.),  # lowest and last momentum, as parts of `base`
-    **options,                   # of `cyclic_lr`
-)->float:
+    **options,                   # `cyclic_times`, `step_ratio_up`, ... of `cyclic_lr`
+)->float:                        # between the two
     "Down and up, several times."
     return cyclic_lr(base, t, T, target_ratio, **options)
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #1722f43d
 def cosine_momentum(
     base:float,              # momentum of the optimizer
-    t,                       # progress
+    t,                       # progress, in epochs or iterations
     T,                       # its end
     min_momentum=None,       # at the end, or
-    min_momentum_ratio=None, # as a part of `base`
-)->float:
+    min_momentum_ratio=None, # as a part of `base`; exactly one of the two
+)->float:                    # from `base` to the target
     "Half a cosine."
     return cosine_annealing_lr(base, t, T, min_momentum, min_momentum_ratio)
 
 def linear_momentum(
     base:float,              # momentum of the optimizer
-    t,                       # progress
+    t,                       # progress, in epochs or iterations
     T,                       # its end
     min_momentum=None,       # at the end, or
-    min_momentum_ratio=None, # as a part of `base`
-)->float:
+    min_momentum_ratio=None, # as a part of `base`; exactly one of the two
+)->float:                    # from `base` to the target
     "A straight line."
     return linear_annealing_lr(base, t, T, min_momentum, min_momentum_ratio)
+
+# name in `momentum_config`: function
 
 MOMENTA = dict(Step=step_momentum, CosineAnnealing=cosine_momentum, LinearAnnealing=linear_momentum,
                Cyclic=cyclic_momentum, OneCycle=one_cycle_momentum)
@@ -84,15 +86,16 @@ def momentum_at(
     base:float,      # the optimizer's own momentum
     epoch:int,       # epochs finished, from 0
     it:int,          # iterations finished, from 0
-    max_epochs=None, # of the run
-    max_iters=None,  # of the run
+    max_epochs=None, # of the run; needed by policies that end, with `by_epoch=True`
+    max_iters=None,  # of the run; needed by policies that end, with `by_epoch=False`
 )->float:            # the momentum of this iteration
     "Policy divided by warm-up: momentum is larger while the rate is small."
-    names = {n.lower(): n for n in MOMENTA}
-    name = names.get(str(cfg['policy']).lower())
+    policy = cfg['policy']
+    name = {n.lower(): n for n in MOMENTA}.get(str(policy).lower())
     if name is None:
-        raise ValueError(f"momentum_config: policy={cfg['policy']!r} is not known{nearest(cfg['policy'], MOMENTA)}")
-    common = dict(by_epoch=name not in ('Cyclic', 'OneCycle'), warmup=None, warmup_iters=0, warmup_ratio=.9)
+        raise ValueError(f'momentum_config: policy={policy!r} is not known{nearest(policy, MOMENTA)}')
+    common = dict(by_epoch=name not in ('Cyclic', 'OneCycle'), warmup=None, warmup_iters=0,
+                  warmup_ratio=.9)
     options = {k: v for k,v in cfg.items() if k not in ('policy', *common)}
     common |= {k: cfg[k] for k in common if k in cfg}; check_warmup(common)
     t,T = (epoch, max_epochs) if common['by_epoch'] else (it, max_iters)
@@ -101,7 +104,7 @@ def momentum_at(
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #5a531861
 def of_group(
-    cfg:dict, # a policy; `base_momentum` and `max_momentum` of a cycle may be lists, one number for each group
+    cfg:dict, # a policy; `base_momentum` and `max_momentum` may be lists, a number for each group
     i:int,    # number of the group
 )->dict:      # with plain numbers
     "The policy of one group of parameters."
@@ -118,17 +121,22 @@ class MomentumUpdaterHook(Hook):
         **options,       # `by_epoch`, `warmup...` and what the policy takes
     ):
         self.cfg = dict(options, policy=policy or self.policy)
-        momentum_at(of_group(self.cfg, 0), .9, 0, 0, 10, 10)       # what is wrong with it is said now
+        momentum_at(of_group(self.cfg, 0), .9, 0, 0, 10, 10)  # what is wrong with it is said now
 
-    def before_run(self, runner):
-        "Remember the momenta; an optimizer without one is an error."
+    def before_run(self,
+        runner, # its optimizer's groups have `momentum` or `betas`, else `ValueError`
+    ):
+        "Remember the momenta, unless a checkpoint brought `initial_momentum`."
         for g in runner.optimizer.param_groups:
             if 'momentum' not in g and 'betas' not in g:
-                raise ValueError(f'momentum_config: {type(runner.optimizer).__name__} has no momentum and no betas.')
+                name = type(runner.optimizer).__name__
+                raise ValueError(f'momentum_config: {name} has no momentum and no betas.')
             g.setdefault('initial_momentum', g['momentum'] if 'momentum' in g else g['betas'][0])
 
-    def before_train_iter(self, runner):
-        "The momentum of this iteration."
+    def before_train_iter(self,
+        runner, # `epoch`, `iter`, `max_epochs`, `max_iters` are its place in the schedule
+    ):
+        "The momentum of this iteration, for each group."
         now = runner.epoch,runner.iter,runner.max_epochs,runner.max_iters
         for i,g in enumerate(runner.optimizer.param_groups):
             m = momentum_at(of_group(self.cfg, i), g['initial_momentum'], *now)
@@ -138,11 +146,19 @@ class MomentumUpdaterHook(Hook):
 # %% ../../nbs/14_engine/12_momentum.ipynb #f022b6a5
 @HOOKS.register_module()
 class StepMomentumUpdaterHook(MomentumUpdaterHook): "Stairs."; policy = 'Step'
+
 @HOOKS.register_module()
-class CosineAnnealingMomentumUpdaterHook(MomentumUpdaterHook): "Half a cosine."; policy = 'CosineAnnealing'
+class CosineAnnealingMomentumUpdaterHook(MomentumUpdaterHook):
+    "Half a cosine."
+    policy = 'CosineAnnealing'
+
 @HOOKS.register_module()
-class LinearAnnealingMomentumUpdaterHook(MomentumUpdaterHook): "A straight line."; policy = 'LinearAnnealing'
+class LinearAnnealingMomentumUpdaterHook(MomentumUpdaterHook):
+    "A straight line."
+    policy = 'LinearAnnealing'
+
 @HOOKS.register_module()
 class CyclicMomentumUpdaterHook(MomentumUpdaterHook): "Down and up, several times."; policy = 'Cyclic'
+
 @HOOKS.register_module()
 class OneCycleMomentumUpdaterHook(MomentumUpdaterHook): "Down once and up once."; policy = 'OneCycle'

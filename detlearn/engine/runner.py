@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['sampler_of', 'place_of_loader', 'batches_from', 'get_dist_info', 'gather_objects', 'anybody', 'say_once', 'StopAsked',
-           'BaseRunner', 'as_hook', 'log_hooks', 'training_hooks', 'policy_config', 'progress', 'save_runner',
-           'whereabouts', 'states_of', 'resume_runner', 'load_hooks', 'train_iter', 'open_epoch', 'to_model',
-           'next_batch', 'EpochBasedRunner', 'as_loaders', 'check_workflow', 'validate', 'running', 'interrupted',
-           'Runner', 'IterBasedRunner', 'build_runner']
+           'BaseRunner', 'check_length', 'made_hook', 'load_and_say', 'as_hook', 'log_hooks', 'training_hooks',
+           'policy_config', 'progress', 'save_runner', 'whereabouts', 'states_of', 'resume_runner', 'load_hooks',
+           'train_iter', 'open_epoch', 'reopen_epoch', 'to_model', 'next_batch', 'EpochBasedRunner', 'as_loaders',
+           'check_workflow', 'validate', 'running', 'interrupted', 'Runner', 'IterBasedRunner', 'build_runner']
 
 # %% ../../nbs/14_engine/05_runner.ipynb #64b55916
 import os, signal, time, warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
@@ -24,32 +25,32 @@ from .hooks import Hook, LogBuffer, get_priority
 # %% ../../nbs/14_engine/05_runner.ipynb #31c205b0
 def sampler_of(
     loader, # any iterable
-):          # its sampler if it can tell and take its place, else None
+)->object:  # its sampler if it has `state_dict` and `load_state_dict`, else None
     "The part of a loader that knows where it is."
     sampler = getattr(loader, 'sampler', None)
     return sampler if hasattr(sampler, 'state_dict') and hasattr(sampler, 'load_state_dict') else None
 
-# %% ../../nbs/14_engine/05_runner.ipynb #0cf18b18
 def place_of_loader(
     loader, # any iterable, at the start of an epoch
-)->dict:    # plain values and tensors
+)->dict:    # `rng` from `capture_rng`, and the state of the loader's own `generator`, or None
     "All that the order and the contents of this epoch depend on."
     generator = getattr(loader, 'generator', None)
     return dict(rng=capture_rng(), generator=None if generator is None else generator.get_state())
 
-# %% ../../nbs/14_engine/05_runner.ipynb #23c5961e
+# %% ../../nbs/14_engine/05_runner.ipynb #0cf18b18
 def batches_from(
     loader,     # any iterable
     k:int,      # batches to pass over
     place=None, # from `place_of_loader`, of that epoch; needed where `k` is above 0
-):              # iterator of the rest of the epoch
+)->Iterator:    # the rest of the epoch
     "The epoch from its batch number `k`, as it would have been."
     if k == 0: return iter(loader)
     if place: restore_rng(place['rng'])
     if place and place['generator'] is not None: loader.generator.set_state(place['generator'])
     it = iter(loader)
-    lazy = getattr(loader, 'num_workers', None) == 0 and hasattr(it, '_next_index')   # indices alone: nothing is read
-    for _ in range(k): it._next_index() if lazy else next(it)
+    indices_alone = getattr(loader, 'num_workers', None) == 0 and hasattr(it, '_next_index')
+    for _ in range(k): it._next_index() if indices_alone else next(it)  # reads no image in vain
+    return it
     return it
 
 # %% ../../nbs/14_engine/05_runner.ipynb #5af97b0e
@@ -89,23 +90,26 @@ class StopAsked:
         self.pid,self.old = os.getpid(),{}
         for s in (signal.SIGINT, signal.SIGTERM):
             try: self.old[s] = signal.signal(s, self.heard)
-            except ValueError: pass                             # not in the main thread: signals go elsewhere
+            except ValueError: pass  # not in the main thread: signals go elsewhere
         return self
 
     def __exit__(self, *error):
         for s,old in self.old.items(): signal.signal(s, old)
 
     def heard(self,
-        number,  # of the signal
-        frame,   # where it came
+        number:int, # of the signal
+        frame,      # where it came; not used
     ):
         "Note it, or stop at once; a worker process leaves Ctrl-C to the main one, and ends on SIGTERM."
-        if os.getpid() != self.pid: return None if number == signal.SIGINT else os._exit(0)
-        alone,now = get_dist_info()[1] == 1,time.monotonic()    # several processes stop together, in `check`
-        if not alone and now-self.last < 2: return              # the same Ctrl-C again, by way of torchrun
+        if os.getpid() != self.pid:
+            if number == signal.SIGTERM: os._exit(0)
+            return
+        alone,now = get_dist_info()[1] == 1,time.monotonic()
+        if not alone and now-self.last < 2: return  # the same Ctrl-C again, by way of torchrun
         self.asked,self.number,self.last = self.asked+1,number,now
-        if (alone and not self.busy) or self.asked > 1: raise KeyboardInterrupt
-        print(f'\n{"Ctrl-C" if number == signal.SIGINT else "SIGTERM"}: finishing this iteration, then saving. '
+        if self.asked > 1 or (alone and not self.busy): raise KeyboardInterrupt  # several: in `check`
+        name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+        print(f'\n{name}: finishing this iteration, then saving. '
               'Once more: stop at once, without saving.', flush=True)
 
     def check(self):
@@ -123,18 +127,15 @@ class BaseRunner:
     precision = nullcontext              # what the losses are computed in: a hook may set autocast
     def __init__(self,
         model,                # `model(images, gt)` gives a dict of losses
-        optimizer=None,       # of its parameters
-        work_dir=None,        # for checkpoints and logs; made if missing
-        meta=None,            # dict: `CLASSES`, `config`, `seed`, ...; goes into each checkpoint and the log
+        optimizer=None,       # of its parameters; None: nothing is saved or resumed of it
+        work_dir=None,        # for checkpoints and logs; made if missing; None: no files
+        meta=None,            # dict: `CLASSES`, `config`, `seed`, ...; for each checkpoint and the log
         max_epochs:int=None,  # length of the run, or
         max_iters:int=None,   # in iterations
         batch_processor=None, # must be None
-        logger=None,          # `f(text)` for messages; None: print
+        logger=None,          # `f(text)` for messages; None: print, in the first process
     ):
-        if batch_processor is not None:
-            raise ValueError('batch_processor is not supported: the model itself gives the losses.')
-        if max_epochs is not None and max_iters is not None:
-            raise ValueError(f'give max_epochs={max_epochs} or max_iters={max_iters}, not both.')
+        check_length(max_epochs, max_iters, batch_processor)
         self.model,self.optimizer,self.meta,self.hooks = model,optimizer,dict(meta or {}),[]
         self.work_dir = Path(work_dir) if work_dir else None
         self.say = logger or say_once
@@ -145,12 +146,10 @@ class BaseRunner:
 
     def register_hook(self,
         hook,          # a `Hook`, or its config
-        priority=None, # number or name; None: the hook's own
-    ):
+        priority=None, # number or name; None: that of the config, else the hook's own
+    )->Hook:           # the hook itself
         "Put a hook into the order; among equals, who comes first acts first."
-        if isinstance(hook, dict):
-            hook = dict(hook); priority = hook.pop('priority', priority); hook = HOOKS.build(hook)
-        if priority is not None: hook.priority = priority
+        hook = made_hook(hook, priority)
         self.hooks.append(hook)
         self.hooks.sort(key=lambda h: get_priority(h.priority))
         return hook
@@ -163,36 +162,70 @@ class BaseRunner:
 
     def register_training_hooks(self,
         *args,    # as for `training_hooks`, from `lr_config` on
-        **kwargs,
+        **kwargs, # the same, by name
     ):
         "The hooks that a config of the zoo asks for."
         for hook in training_hooks(self.by_epoch, *args, **kwargs): self.register_hook(hook)
 
     def save_checkpoint(self,
-        out_dir=None,                    # default: `work_dir`
+        out_dir=None,                    # None: `work_dir`
         filename_tmpl='epoch_{}.pth',    # with the number of epochs done, if it has a place for it
         save_optimizer:bool=True,        # needed to resume
-        meta=None,                       # further entries
+        meta=None,                       # further entries, or None
         create_symlink:bool=True,        # let `latest.pth` point at it
-    )->Path:
+    )->Path:                             # of the file
         "Everything that the run needs to go on from here."
-        return save_runner(self, Path(out_dir or self.work_dir), filename_tmpl, save_optimizer, meta, create_symlink)
+        folder = Path(out_dir or self.work_dir)
+        return save_runner(self, folder, filename_tmpl, save_optimizer, meta, create_symlink)
 
     def load_checkpoint(self,
-        path, # weights, see `read_weights`
-    )->object:
+        path,     # weights, see `read_weights`
+    )->object:    # `LoadReport`
         "Weights alone, rows of classes by their names; the report is printed."
-        report = load_checkpoint(self.model, path, self.meta.get('CLASSES')); self.say(f'{path}: {report}')
-        for name,kept in report.rows.items(): self.say(f'{name}: rows of {len(kept)} of {len(self.meta["CLASSES"])} classes are taken over by name: {", ".join(map(str, kept[:5]))}')
-        return report
+        return load_and_say(self, path)
 
     def resume(self,
         path='auto', # of a checkpoint; `'auto'`: the newest whole one in `work_dir`, if there is any
     ):
         "Go on from a checkpoint, at the iteration at which it was saved."
         path = find_latest(self.work_dir) if path == 'auto' else path
-        if path is None: return self.say(f'{self.work_dir} holds no checkpoint: begin anew')
-        resume_runner(self, path)
+        if path is None: self.say(f'{self.work_dir} holds no checkpoint: begin anew')
+        else: resume_runner(self, path)
+
+# %% ../../nbs/14_engine/05_runner.ipynb #b7de68b0
+def check_length(
+    max_epochs,      # of a run, or None
+    max_iters,       # of a run, or None
+    batch_processor, # as in old configs of the zoo
+):
+    "Errors for two lengths of one run, and for a function in place of the model."
+    if batch_processor is not None:
+        raise ValueError('batch_processor is not supported: the model itself gives the losses.')
+    if max_epochs is not None and max_iters is not None:
+        raise ValueError(f'give max_epochs={max_epochs} or max_iters={max_iters}, not both.')
+
+def made_hook(
+    hook,     # a `Hook`, or its config, which may have a `priority`
+    priority, # number or name, or None; that of a config comes first
+)->Hook:      # with its priority set
+    "A hook, built if need be."
+    if isinstance(hook, dict):
+        hook = dict(hook); priority = hook.pop('priority', priority); hook = HOOKS.build(hook)
+    if priority is not None: hook.priority = priority
+    return hook
+
+def load_and_say(
+    runner, # whose model is filled
+    path,   # weights, see `read_weights`
+)->object:  # `LoadReport`
+    "Load weights, and tell what fitted and which rows of classes were taken over."
+    report = load_checkpoint(runner.model, path, runner.meta.get('CLASSES'))
+    runner.say(f'{path}: {report}')
+    for name,kept in report.rows.items():
+        of = len(runner.meta['CLASSES'])
+        runner.say(f'{name}: rows of {len(kept)} of {of} classes are taken over by name: '
+                   f'{", ".join(map(str, kept[:5]))}')
+    return report
 
 # %% ../../nbs/14_engine/05_runner.ipynb #0c5f2b54
 def as_hook(
@@ -210,7 +243,8 @@ def log_hooks(
 )->list:           # hooks and configs
     "The loggers of a config; each gets the common interval."
     common = dict(interval=(cfg or {}).get('interval', 10), by_epoch=by_epoch)
-    fit = lambda h: {k: v for k,v in common.items() if k in settings_of(HOOKS.find(h['type'], 'log_config.hooks'))[0]}
+    settings = lambda h: settings_of(HOOKS.find(h['type'], 'log_config.hooks'))[0]
+    fit = lambda h: {k: v for k,v in common.items() if k in settings(h)}
     return [h if isinstance(h, Hook) else {**fit(h), **h} for h in (cfg or {}).get('hooks', [])]
 
 # %% ../../nbs/14_engine/05_runner.ipynb #e1a0d831
@@ -222,7 +256,7 @@ def training_hooks(
     log_config=None,          # `dict(interval=, hooks=[...])`
     momentum_config=None,     # dict with `policy`, or a hook
     timer_config=dict(type='IterTimerHook'), # a hook's config
-    custom_hooks_config=None, # list
+    custom_hooks_config=None, # list of hooks and configs, or None
 )->list:                      # hooks and configs, in the zoo's order of registration
     "What the dicts of a config mean."
     counts = dict(by_epoch=by_epoch)
@@ -236,13 +270,13 @@ def training_hooks(
 
 # %% ../../nbs/14_engine/05_runner.ipynb #6d7b0804
 def policy_config(
-    cfg,           # `lr_config` or `momentum_config`: with `policy`, or `type='StepLrUpdaterHook'`; or a hook, or None
+    cfg,           # `lr_config` or `momentum_config` with `policy` or a `type`; or a hook, or None
     what:str,      # `'Lr'` or `'Momentum'`
     by_epoch:bool, # False: `step` and the like count iterations, unless the config says it
-):                 # dict with `type` and `policy`; a hook and None are handed through
+)->object:         # dict with `type` and `policy`; a hook and None are handed through
     "A policy in the words of the hook that follows it."
     if cfg is None or isinstance(cfg, Hook): return cfg
-    cfg = dict(cfg if by_epoch else dict(dict(by_epoch=False), **cfg))     # each policy has its own default
+    cfg = dict(cfg if by_epoch else dict(dict(by_epoch=False), **cfg))  # each policy has its own default
     policy = cfg.pop('policy', None) or cfg.pop('type').removesuffix(f'{what}UpdaterHook')
     return dict(cfg, type=f'{what}UpdaterHook', policy=policy)
 
@@ -253,7 +287,8 @@ def progress(
     "How much has been trained."
     n = len(runner.data_loader) if runner.data_loader is not None else 0
     full = n > 0 and runner.done >= n
-    return dict(epoch=runner.epoch + full, iter=runner.trained, inner_iter=0 if full else runner.done, epoch_len=n)
+    inner = 0 if full else runner.done
+    return dict(epoch=runner.epoch+full, iter=runner.trained, inner_iter=inner, epoch_len=n)
 
 # %% ../../nbs/14_engine/05_runner.ipynb #4d6cf0ae
 def save_runner(
@@ -275,7 +310,7 @@ def save_runner(
             save_checkpoint(path, runner.model, runner.optimizer if save_optimizer else None, meta,
                             hooks=hooks, others=others, **own)
             if symlink: link_latest(path)
-        anybody(False)                                                # nobody goes on before it is written
+        anybody(False)  # nobody goes on before it is written
     finally: runner.call_hook('after_save')
     return path
 
@@ -286,14 +321,16 @@ def whereabouts(
     "Random numbers, the place in the epoch, and hooks with a state of their own."
     sampler = sampler_of(runner.data_loader)
     state = None if sampler is None else sampler.state_dict()
-    return dict(rng=capture_rng(), place=runner.place, sampler=state, own_hooks=states_of(runner, per_process=True))
+    own = states_of(runner, per_process=True)
+    return dict(rng=capture_rng(), place=runner.place, sampler=state, own_hooks=own)
 
 def states_of(
     runner,           # with hooks
     per_process:bool, # of hooks whose state differs from process to process, or of the others
-)->dict:              # `'NUMBER CLASS'`: state
+)->dict:              # `'NUMBER CLASS'`: state; only of hooks that have one
     "What hooks want to have in a checkpoint."
-    return {f'{i} {type(h).__name__}': s for i,h in enumerate(runner.hooks) if h.per_process == per_process and (s := h.state_dict())}
+    hooks = [(i, h) for i,h in enumerate(runner.hooks) if h.per_process == per_process]
+    return {f'{i} {type(h).__name__}': s for i,h in hooks if (s := h.state_dict())}
 
 # %% ../../nbs/14_engine/05_runner.ipynb #6de0f6b4
 def resume_runner(
@@ -303,9 +340,10 @@ def resume_runner(
     "Weights and optimizer now; hooks, random numbers and the place in the epoch when the run begins."
     state = resume_checkpoint(path, runner.model, runner.optimizer)
     meta,(rank,world) = state['meta'],get_dist_info()
-    if meta.get('world', 1) != world:
-        runner.say(f"{path} was saved by {meta.get('world', 1)} processes, now there are {world}: weights and optimizer "
-                   'go on, but images come in another order.')
+    before = meta.get('world', 1)
+    if before != world:
+        runner.say(f'{path} was saved by {before} processes, now there are {world}: weights and '
+                   'optimizer go on, but images come in another order.')
         state.pop('rng', None); state.pop('own_hooks', None)
     elif rank: state |= state['others'][rank-1]
     runner.epoch,runner.iter,runner.inner_iter = meta['epoch'],meta['iter'],meta.get('inner_iter', 0)
@@ -319,11 +357,10 @@ def load_hooks(
 ):
     "Give each hook what the checkpoint holds for its class, in order."
     resumed = runner.resumed or {}
-    states = list({**resumed.get('hooks', {}), **resumed.get('own_hooks', {})}.items())
+    states = {**resumed.get('hooks', {}), **resumed.get('own_hooks', {})}
     for h in runner.hooks:
-        found = next((k for k,_ in states if k.split()[-1] == type(h).__name__), None)
-        if found is None: continue
-        h.load_state_dict(dict(states)[found], runner); states = [s for s in states if s[0] != found]
+        found = next((k for k in states if k.split()[-1] == type(h).__name__), None)
+        if found is not None: h.load_state_dict(states.pop(found), runner)
 
 # %% ../../nbs/14_engine/05_runner.ipynb #3f095354
 def train_iter(
@@ -331,10 +368,11 @@ def train_iter(
 ):
     "Losses of one batch, and what the hooks do with them."
     runner.call_hook('before_train_iter')
+    n = len(runner.batch.images)
     with runner.precision(): total,log = parse_losses(runner.model(runner.batch.images, runner.batch.gt))
-    runner.outputs = dict(loss=total, log_vars=log, num_samples=len(runner.batch.images))
-    runner.log_buffer.update(log, len(runner.batch.images))
-    runner.done,runner.trained = runner.inner_iter+1,runner.iter+1   # hooks below step, and may save
+    runner.outputs = dict(loss=total, log_vars=log, num_samples=n)
+    runner.log_buffer.update(log, n)
+    runner.done,runner.trained = runner.inner_iter+1,runner.iter+1  # hooks below step, and may save
     runner.call_hook('after_train_iter')
     runner.log_buffer.output = {}
     runner.iter += 1; runner.inner_iter += 1
@@ -342,24 +380,35 @@ def train_iter(
 # %% ../../nbs/14_engine/05_runner.ipynb #ad0b06b8
 def open_epoch(
     runner, # with `data_loader` set, `inner_iter` batches done
-):          # iterator over the remaining batches
+)->Iterator: # the remaining batches
     "Begin an epoch, or go on where a checkpoint was saved."
     loader,state,k = runner.data_loader,runner.resumed,runner.inner_iter
     runner.resumed,runner.done = None,k
-    if state is not None and k == 0 and 'rng' in state:
+    known = state is not None and 'rng' in state  # not so, if other processes saved it
+    if known and k > 0: return reopen_epoch(runner, state)
+    if known:
         restore_rng(state['rng'])
-        if sampler_of(loader) and state.get('sampler'): sampler_of(loader).load_state_dict(dict(state['sampler'], epoch=runner.epoch, start=0))
-    if k == 0 or state is None or 'rng' not in state:
-        runner.place = place_of_loader(loader)
-        return batches_from(loader, k)
-    sampler,place = sampler_of(loader),state.get('place')
-    jump = sampler is not None and state.get('sampler') is not None and bool(state['sampler'].get('start'))
+        begin = dict(epoch=runner.epoch, start=0)
+        if sampler_of(loader) and state.get('sampler'):
+            sampler_of(loader).load_state_dict(state['sampler'] | begin)
+    runner.place = place_of_loader(loader)
+    return batches_from(loader, k)
+
+# %% ../../nbs/14_engine/05_runner.ipynb #339c270e
+def reopen_epoch(
+    runner,     # with `inner_iter` batches done, at least one
+    state:dict, # of the checkpoint
+)->Iterator:    # the remaining batches
+    "The middle of an epoch: a sampler jumps there, any other loader is run up to there."
+    loader,sampler,before = runner.data_loader,sampler_of(runner.data_loader),state['meta']['epoch_len']
+    if before not in (0, len(loader)):
+        warnings.warn(f'the checkpoint had {before} batches an epoch, this loader has {len(loader)}: '
+                      'the place in the epoch is only about right.')
+    jump = sampler is not None and bool((state.get('sampler') or {}).get('start'))
     if jump: sampler.load_state_dict(state['sampler'])
-    if state['meta']['epoch_len'] not in (0, len(loader)):
-        warnings.warn(f"the checkpoint had {state['meta']['epoch_len']} batches an epoch, this loader has {len(loader)}: the place in the epoch is only about right.")
-    it = batches_from(loader, 0 if jump else k, place)
+    runner.place = state.get('place')
+    it = batches_from(loader, 0 if jump else runner.inner_iter, runner.place)
     restore_rng(state['rng'])
-    runner.place = place
     return it
 
 # %% ../../nbs/14_engine/05_runner.ipynb #ab57e98d
@@ -389,15 +438,15 @@ class EpochBasedRunner(BaseRunner):
         loader, # gives `Batch`
     ):
         "One epoch, or the rest of one."
-        self.model.train(); self.mode,self.data_loader = 'train',loader
-        self.log_buffer.clear()
+        self.model.train(); self.log_buffer.clear()
+        self.mode,self.data_loader = 'train',loader
         self.call_hook('before_train_epoch')
         batches = open_epoch(self)
         while next_batch(self, batches):
             train_iter(self)
-            if self.inner_iter < len(loader): self.stop.check()      # after the last one the hooks of the epoch come first
+            if self.inner_iter < len(loader): self.stop.check()  # else the hooks of the epoch come first
         self.stop.busy = False
-        self.inner_iter -= 1                                         # at the end of an epoch it is the number of its last batch
+        self.inner_iter -= 1                                     # now the number of the last batch
         self.call_hook('after_train_epoch'); self.log_buffer.output = {}
         self.epoch,self.inner_iter,self.done = self.epoch+1,0,0
         self.stop.check()
@@ -417,7 +466,8 @@ class EpochBasedRunner(BaseRunner):
         loaders = as_loaders(data_loaders, workflow)
         if max_epochs is not None: self.max_epochs = max_epochs
         if self.max_epochs is None:
-            raise ValueError("EpochBasedRunner needs max_epochs: runner=dict(type='EpochBasedRunner', max_epochs=12).")
+            raise ValueError('EpochBasedRunner needs max_epochs: '
+                             "runner=dict(type='EpochBasedRunner', max_epochs=12).")
         self.max_iters = self.max_epochs*len(loaders[[m for m,_ in workflow].index('train')])
         with running(self):
             while self.epoch < self.max_epochs:
@@ -428,7 +478,7 @@ class EpochBasedRunner(BaseRunner):
 
 # %% ../../nbs/14_engine/05_runner.ipynb #c3883d41
 def as_loaders(
-    data_loaders,  # a loader, or a list with one for each entry of `workflow`; a list of batches is one loader
+    data_loaders,  # a loader (also a list of `Batch`), or a list with one for each entry of `workflow`
     workflow:list, # `[('train', 1), ...]`
 )->list:           # loaders
     "One loader for each entry of the workflow, checked."
@@ -445,12 +495,14 @@ def check_workflow(
     "A sentence for a workflow that can't be run."
     modes = [m for m,_ in workflow]
     if len(workflow) != len(loaders):
-        raise ValueError(f'workflow={workflow} has {len(workflow)} entries, but there are {len(loaders)} loaders: '
-                         'give one for each.')
+        raise ValueError(f'workflow={workflow} has {len(workflow)} entries, but there are '
+                         f'{len(loaders)} loaders: give one for each.')
     if set(modes) - {'train', 'val'} or 'train' not in modes:
-        raise ValueError(f"workflow={workflow}: its modes are 'train' and 'val', and 'train' must be among them.")
+        raise ValueError(f"workflow={workflow}: its modes are 'train' and 'val', and 'train' must be "
+                         'among them.')
     if any(len(l) == 0 for l in loaders):
-        raise ValueError('a loader has no batch: is the data set empty, or smaller than a batch with drop_last=True?')
+        raise ValueError('a loader has no batch: is the data set empty, or smaller than a batch with '
+                         'drop_last=True?')
 
 # %% ../../nbs/14_engine/05_runner.ipynb #0acd0a5b
 @torch.no_grad()
@@ -465,10 +517,11 @@ def validate(
     try:
         with same_rng():
             for runner.inner_iter,batch in enumerate(loader):
-                runner.batch = to_model(runner, batch); runner.call_hook('before_val_iter')
+                runner.batch,n = to_model(runner, batch),len(batch.images)
+                runner.call_hook('before_val_iter')
                 total,log = parse_losses(runner.model(runner.batch.images, runner.batch.gt))
-                runner.outputs = dict(loss=total, log_vars=log, num_samples=len(runner.batch.images))
-                runner.log_buffer.update(log, len(runner.batch.images)); runner.call_hook('after_val_iter')
+                runner.outputs = dict(loss=total, log_vars=log, num_samples=n)
+                runner.log_buffer.update(log, n); runner.call_hook('after_val_iter')
     finally: runner.call_hook('after_val_epoch')
     runner.data_loader,runner.inner_iter,runner.done,runner.outputs = kept
     runner.mode = 'train'; runner.model.train(); runner.log_buffer.clear()
@@ -477,7 +530,7 @@ def validate(
 @contextmanager
 def running(
     runner, # whose run it is
-):          # a context
+)->Iterator[None]: # a context
     "The frame of a run: hooks at both ends; Ctrl-C and SIGTERM save."
     with runner.stop:
         runner.stop.asked,runner.stop.busy = 0,False
@@ -498,9 +551,11 @@ def interrupted(
 ):
     "Save, if the weights belong to an iteration, and say how to go on."
     at = progress(runner)
-    where = f"iteration {at['iter']} (epoch {at['epoch']+1}, after {at['inner_iter']} of {at['epoch_len']} batches)"
+    where = (f"iteration {at['iter']} (epoch {at['epoch']+1}, "
+             f"after {at['inner_iter']} of {at['epoch_len']} batches)")
     if runner.stop.busy or runner.work_dir is None:
-        return runner.say(f'Stopped at once near {where}; nothing was saved.')
+        runner.say(f'Stopped at once near {where}; nothing was saved.')
+        return
     path = save_runner(runner, runner.work_dir, 'interrupted.pth')
     runner.say(f'Interrupted at {where}; saved {path}.\nresume with: {runner.resume_hint.format(path)}')
 
@@ -513,7 +568,7 @@ class Runner(EpochBasedRunner):
 @RUNNERS.register_module()
 class IterBasedRunner(BaseRunner):
     "Trains for a number of iterations."
-    by_epoch = False
+    by_epoch,batches = False,None  # `batches`: iterator over the rest of the epoch; None: begin one
     def train(self,
         loader,       # gives `Batch`
         iters:int=1,  # how many
@@ -522,9 +577,11 @@ class IterBasedRunner(BaseRunner):
         self.model.train(); self.mode,self.data_loader = 'train',loader
         for _ in range(iters):
             if self.iter >= self.max_iters: break
-            if self.batches is None: self.call_hook('before_train_epoch'); self.batches = open_epoch(self)
+            if self.batches is None:
+                self.call_hook('before_train_epoch'); self.batches = open_epoch(self)
             if not next_batch(self, self.batches):
-                raise ValueError(f'the loader gave {self.inner_iter} batches, its length is {len(loader)}.')
+                raise ValueError(f'the loader gave {self.inner_iter} batches, '
+                                 f'its length is {len(loader)}.')
             train_iter(self)
             if self.inner_iter >= len(loader): self.end_epoch()
             self.stop.check()
@@ -550,7 +607,8 @@ class IterBasedRunner(BaseRunner):
         loaders = as_loaders(data_loaders, workflow)
         if max_iters is not None: self.max_iters = max_iters
         if self.max_iters is None:
-            raise ValueError("IterBasedRunner needs max_iters: runner=dict(type='IterBasedRunner', max_iters=90000).")
+            raise ValueError('IterBasedRunner needs max_iters: '
+                             "runner=dict(type='IterBasedRunner', max_iters=90000).")
         self.batches = None
         with running(self):
             while self.iter < self.max_iters:
@@ -559,8 +617,8 @@ class IterBasedRunner(BaseRunner):
 # %% ../../nbs/14_engine/05_runner.ipynb #6741a930
 def build_runner(
     cfg:dict,          # `dict(type='EpochBasedRunner', max_epochs=12)`
-    default_args=None, # `dict(model=, optimizer=, work_dir=, meta=)`
-):                     # a runner
+    default_args=None, # `dict(model=, optimizer=, work_dir=, meta=)`; `cfg` comes first
+)->BaseRunner:         # of the type that `cfg` names
     "A runner from its config."
     cfg = {**(default_args or {}), **cfg}
     return call(RUNNERS.find(cfg.pop('type'), 'runner.type'), cfg, 'runner')
