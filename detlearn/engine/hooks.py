@@ -203,13 +203,13 @@ class LrUpdaterHook(Hook):
         runner, # `epoch`, `iter`, `max_epochs`, `max_iters` are its place in the schedule
     ):
         "The rate of this iteration, for each group."
-        now,cfg,known = (runner.epoch, runner.iter, runner.max_epochs, runner.max_iters),self.cfg,{}
+        now = runner.epoch,runner.iter,runner.max_epochs,runner.max_iters
+        top,known = self.cfg.get('max_lr'),{}
         for i,g in enumerate(runner.optimizer.param_groups):
-            if isinstance(cfg.get('max_lr'), (list, tuple)):
-                cfg = dict(self.cfg, max_lr=self.cfg['max_lr'][i])
-            base = g['initial_lr']
-            if base not in known or cfg is not self.cfg: known[base] = lr_at(cfg, base, *now)
-            g['lr'] = known[base]
+            own = dict(max_lr=top[i]) if isinstance(top, (list, tuple)) else {}  # one for each group
+            key = g['initial_lr'],*own.values()
+            if key not in known: known[key] = lr_at(self.cfg | own, g['initial_lr'], *now)
+            g['lr'] = known[key]
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #590e79df
 @HOOKS.register_module()

@@ -97,7 +97,7 @@ def momentum_at(
     common = dict(by_epoch=name not in ('Cyclic', 'OneCycle'), warmup=None, warmup_iters=0,
                   warmup_ratio=.9)
     options = {k: v for k,v in cfg.items() if k not in ('policy', *common)}
-    common |= {k: cfg[k] for k in common if k in cfg}; check_warmup(common)
+    common |= {k: cfg[k] for k in common if k in cfg}; check_warmup(common, 'momentum_config')
     t,T = (epoch, max_epochs) if common['by_epoch'] else (it, max_iters)
     value = call(MOMENTA[name], dict(options, base=base, t=t, T=T), 'momentum_config')
     return value/warmup_factor(common['warmup'], it, common['warmup_iters'], common['warmup_ratio'])

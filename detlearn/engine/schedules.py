@@ -174,7 +174,9 @@ def annealing(
     strategy:str, # `anneal_strategy` of a config: `'cos'` or `'linear'`
 )->Callable:      # `f(start, end, x)`, from `start` at `x = 0` to `end` at `x = 1`
     "The way between two rates."
-    return dict(cos=half_cosine, linear=lambda start, end, x: start + (end-start)*x)[strategy]
+    known = dict(cos=half_cosine, linear=lambda start, end, x: start + (end-start)*x)
+    if strategy in known: return known[strategy]
+    raise ValueError(f"anneal_strategy={strategy!r} is not known: choose 'cos' or 'linear'.")
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #1a0cebbb
 @policy('cyclic')
@@ -293,18 +295,19 @@ def check_options(
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #f9976f23
 def check_warmup(
-    common:dict, # `warmup`, `warmup_iters`, `warmup_ratio`
+    common:dict,       # `warmup`, `warmup_iters`, `warmup_ratio`
+    where='lr_config', # name of the dict that holds them, for the message
 ):
     "Errors for a warm-up that can't be meant."
     kind,iters,ratio = common['warmup'],common['warmup_iters'],common['warmup_ratio']
     if kind is None: return
     if kind not in ('constant', 'linear', 'exp'):
-        raise ValueError(f"lr_config has warmup={kind!r}: choose 'constant', 'linear', 'exp' or None.")
+        raise ValueError(f"{where} has warmup={kind!r}: choose 'constant', 'linear', 'exp' or None.")
     if iters <= 0:
-        raise ValueError(f'lr_config has warmup={kind!r} and warmup_iters={iters}: '
+        raise ValueError(f'{where} has warmup={kind!r} and warmup_iters={iters}: '
                          'give the number of iterations, e.g. warmup_iters=500.')
     if not 0 < ratio <= 1:
-        raise ValueError(f'lr_config has warmup_ratio={ratio}: it must be above 0 and at most 1, '
+        raise ValueError(f'{where} has warmup_ratio={ratio}: it must be above 0 and at most 1, '
                          'e.g. 0.001.')
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #4d600bdc
@@ -341,5 +344,8 @@ def as_torch_scheduler(
 )->object:          # `torch.optim.lr_scheduler.LambdaLR`; call `step()` after each iteration
     "An `lr_config` as a scheduler of torch."
     from torch.optim.lr_scheduler import LambdaLR
-    def factor(it): return lr_at(cfg, 1., it//epoch_len, it, max_epochs, max_epochs*epoch_len)
-    return LambdaLR(optimizer, factor, last_epoch)
+    def factor_of(base):  # an absolute rate, such as `min_lr`, is another part of each base rate
+        rate = lambda it: lr_at(cfg, base, it//epoch_len, it, max_epochs, max_epochs*epoch_len)
+        return lambda it: rate(it)/base if base else 0.
+    bases = [g.get('initial_lr', g['lr']) for g in optimizer.param_groups]
+    return LambdaLR(optimizer, [factor_of(b) for b in bases], last_epoch)
