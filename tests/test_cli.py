@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from detlearn.apis.cli import main
 from detlearn.core.shapes import ToyShapes, to_coco
+from detlearn.data.voc import write_voc
+from detlearn.data.yolo import write_yolo
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, '-c', 'import sys; from detlearn.apis.cli import main; sys.exit(main())']
@@ -70,6 +72,24 @@ def test_test_gives_the_same_numbers(trained, capsys):
     assert main(['test', str(work), '--device', 'cpu']) == 0
     a, b = [json.loads((f/'metrics.json').read_text()) for f in (work, work/'test')]
     assert abs(a['AP50'] - b['AP50']) < 1e-6 and 'AP50' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['yolo', 'voc'])
+def test_other_formats(kind, trained, toys, tmp_path, capsys):
+    "The same photos in YOLO's and VOC's folders: the training gives the same detector, and `test` the same numbers."
+    write, photos = dict(yolo=(write_yolo, 'images/{}'), voc=(write_voc, 'JPEGImages'))[kind]
+    for split in ('train', 'val', 'test'):
+        coco = json.loads((toys/f'{split}.json').read_text()); folder = tmp_path/kind/photos.format(split); folder.mkdir(parents=True, exist_ok=True)
+        write(coco, tmp_path/kind, split)
+        for im in coco['images']: (folder/im['file_name']).symlink_to(toys/'images'/im['file_name'])
+    words = ['--device', 'cpu', '--set', 'runner.max_epochs=2', *TINY]
+    numbers = lambda folder: json.loads((folder/'metrics.json').read_text())
+    assert main(['train', 'toy/retinanet_demo', '--data', str(tmp_path/kind), '--work-dir', str(tmp_path/'run'), *words]) == 0
+    found, wanted = numbers(tmp_path/'run'), numbers(trained[0])
+    assert found['val_loss'] == pytest.approx(wanted['val_loss'], rel=1e-3) and list(found['per_class']) == list(wanted['per_class'])
+    assert main(['test', str(trained[0]), '--data', str(tmp_path/kind), '--out', str(tmp_path/'out'), '--device', 'cpu']) == 0
+    assert numbers(tmp_path/'out')['val_loss'] == pytest.approx(wanted['val_loss'], rel=1e-4)
+    assert (tmp_path/'out/index.html').is_file()
 
 
 def test_predict_draws_and_writes(trained, toys, tmp_path, capsys):
@@ -155,7 +175,7 @@ def test_unknown_key(capsys, toys, tmp_path):
 # ---- the data
 def test_no_such_folder(capsys, toys): fails(capsys, ['train', 'toy/retinanet_demo', '--data', toys.parent/'tyos'], 'no such folder')
 
-def test_no_annotations(capsys, tmp_path): fails(capsys, ['train', 'toy/retinanet_demo', '--data', tmp_path], 'no COCO annotation file')
+def test_no_annotations(capsys, tmp_path): fails(capsys, ['train', 'toy/retinanet_demo', '--data', tmp_path], 'neither COCO', 'nor YOLO', 'nor VOC')
 
 def test_annotation_file_missing(capsys, tmp_path):
     fails(capsys, ['train', 'toy/retinanet_demo', '--work-dir', tmp_path/'w', '--set', f'data.train.ann_file={tmp_path}/train.json'], 'train.json: there is no such file')

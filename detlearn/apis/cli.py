@@ -34,7 +34,8 @@ def run_command(
     with warnings.catch_warnings():
         rank = int(os.environ.get('RANK', 0))
         who = f'{name} (process {rank})' if rank else name     # one of several
-        warnings.showwarning = lambda text, *where, **kw: rank or print(f'warning: {text}', file=sys.stderr)
+        say = lambda text, *where, **kw: rank or print(f'warning: {text}', file=sys.stderr)
+        warnings.showwarning = say
         try: out = call(); return out if type(out) is int else 0
         except KeyboardInterrupt: return 130
         except (*USER_ERRORS, LoaderError) as e:
@@ -44,7 +45,7 @@ def run_command(
 # %% ../../nbs/15_apis/04_cli.ipynb #bca58930
 def ready_config(
     config:str,     # a path, or a name below `detlearn/configs`
-    data=None,      # folder with photos and COCO files
+    data=None,      # folder with photos and COCO, YOLO or VOC files
     options=(),     # `KEY=VALUE` texts
     say=print,      # where the findings go
 )->object:          # `Config`
@@ -59,7 +60,7 @@ def ready_config(
 # %% ../../nbs/15_apis/04_cli.ipynb #2bebe848
 def train(
     config:str,              # a path, or a name below `detlearn/configs` (see browse-config)
-    data:str=None,           # folder with COCO files and photos; default: the paths in the config
+    data:str=None,           # folder with photos and COCO, YOLO or VOC files; default: as in the config
     work_dir:str=None,       # everything is left here; default: runs/NAME
     resume:bool=False,       # go on from the latest checkpoint in the work directory
     load_from:str=None,      # start from these weights
@@ -114,12 +115,13 @@ def summary(
 )->str:           # AP, photos, price, report
     "The last line of a run."
     price = f", {metrics['cpu_seconds']:.0f} CPU seconds" if 'cpu_seconds' in metrics else ''
-    return f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {metrics.get('images', '?')} {metrics.get('split', '')} photos{price}; report: {page}"
+    photos = f"{metrics.get('images', '?')} {metrics.get('split', '')} photos"
+    return f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {photos}{price}; report: {page}"
 
 # %% ../../nbs/15_apis/04_cli.ipynb #6b0bdae1
 def test(
     model:str,         # a work directory, or a checkpoint
-    data:str=None,     # folder with COCO files and photos; default: those of its config
+    data:str=None,     # folder with photos and COCO, YOLO or VOC files; default: as in its config
     split:str='test',  # test or val
     out:str=None,      # where numbers and report go; default: WORK_DIR/test
     device:str=None,   # cpu, cuda, ...; default: the accelerator, or the CPU
@@ -129,22 +131,27 @@ def test(
     from detlearn.apis.inference import find_run, init_detector
     from detlearn.apis.report import write_report
     from detlearn.apis.test import Clock, build_test_loader, dataset_of, measure, write_metrics
-    from detlearn.apis.train import check_classes, keep_config, point_at
+    from detlearn.apis.train import check_classes, keep_config, use_test_data
     from detlearn.core.config import parse_set
-    from detlearn.data.folder import find_data
     from detlearn.engine.distributed import joined
     from detlearn.engine.runner import say_once
-    clock,(cfg,weights) = Clock(whole=True),find_run(model)
-    if data: cfg['data'][split] = point_at(cfg['data'][split], find_data(data, say_once)[split])
-    if set: cfg.merge_from_dict(parse_set(list(set)))
+    clock,(cfg,weights),options = Clock(whole=True),find_run(model),parse_set(list(set or ()))
     folder = Path(out or weights.parent/split)
     with joined() as (rank,world):
-        detector,loader = init_detector(cfg, weights, device),build_test_loader(cfg['data'], split, dist=world > 1)
-        check_classes(detector, dataset_of(loader))
+        cfg.merge_from_dict(options)
+        detector = init_detector(cfg, weights, device)
+        if data:
+            use_test_data(cfg, split, data, detector.CLASSES, say_once)
+            cfg.merge_from_dict(options)                             # the user has the last word
+        loader = build_test_loader(cfg['data'], split, dist=world > 1); photos = dataset_of(loader)
+        check_classes(detector, photos)
         metrics,results,_ = measure(detector, loader)
-        metrics = dict(metrics, **clock.read(next(detector.parameters()).device), split=split, images=len(dataset_of(loader)))
+        price = clock.read(next(detector.parameters()).device)
+        metrics = dict(metrics, **price, split=split, images=len(photos))
         cfg['data']['test'] = cfg['data'][split]; keep_config(cfg, folder)
-        if rank == 0: write_metrics(folder, metrics, results); print(summary(metrics, write_report(folder)))
+        if rank == 0:
+            write_metrics(folder, metrics, results)
+            print(summary(metrics, write_report(folder)))
     return metrics
 
 # %% ../../nbs/15_apis/04_cli.ipynb #9f3ef3f2
@@ -156,17 +163,21 @@ def predict(
     device:str=None,         # cpu, cuda, ...; default: the accelerator, or the CPU
 )->int:                      # exit status: 1 if some photos could not be read
     "Find objects on photos, draw them, and write a COCO file."
-    from detlearn.apis.inference import coco_of, detect_files, find_run, init_detector, photo_files, show_result
+    from detlearn.apis.inference import coco_of, detect_files, find_run, init_detector
+    from detlearn.apis.inference import photo_files, show_result
     detector,files = init_detector(*find_run(model), device),photo_files(photos)
     found,bad = detect_files(detector, files, progress=bar)
     for f,why in bad.items(): print(f'left out: {why}', file=sys.stderr)
     if not found: raise ValueError(f'{photos}: none of {len(files)} photos can be read.')
     root,folder = Path(photos) if Path(photos).is_dir() else Path(photos).parent,Path(out)
     names = [f.relative_to(root).as_posix() for f in found]
-    sizes = [show_result(f, d, detector.CLASSES, score_thr, folder/Path(n).with_suffix('.jpg')).size for n,(f,d) in zip(names, found.items())]
-    (folder/'predictions.json').write_text(json.dumps(coco_of(names, sizes, list(found.values()), detector.CLASSES)))
+    drawn = [folder/Path(n).with_suffix('.jpg') for n in names]
+    sizes = [show_result(f, d, detector.CLASSES, score_thr, to).size
+             for to,(f,d) in zip(drawn, found.items())]
+    coco,file = coco_of(names, sizes, list(found.values()), detector.CLASSES),folder/'predictions.json'
+    file.write_text(json.dumps(coco))
     sure = sum(int((d.scores >= score_thr).sum()) for d in found.values())
-    print(f'{len(found)} photos, {sure} objects with a score of at least {score_thr}: {folder}, {folder/"predictions.json"}')
+    print(f'{len(found)} photos, {sure} objects with a score of at least {score_thr}: {folder}, {file}')
     return 1 if bad else 0
 
 # %% ../../nbs/15_apis/04_cli.ipynb #614494d0
@@ -185,7 +196,8 @@ def browse_config(
 ):
     "Show every value of a config with the file and line it comes from."
     from detlearn.core.config import packaged
-    text = '\n'.join(packaged()) if config is None else ready_config(config, options=set or ()).text_with_provenance()
+    if config is None: text = '\n'.join(packaged())
+    else: text = ready_config(config, options=set or ()).text_with_provenance()
     print('\n'.join(l for l in text.splitlines() if find is None or find in l))
 
 # %% ../../nbs/15_apis/04_cli.ipynb #45fbcefa
@@ -225,9 +237,11 @@ def doctor()->dict: # versions and sizes by name
     facts |= dict(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count(),
                   threads=torch.get_num_threads())
     device = default_device()
-    facts['device'] = device.type if device.type != 'cuda' else f'cuda ({torch.cuda.get_device_name(device)})'
+    card = f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else ''
+    facts['device'] = device.type + card
     if 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', {}):
-        facts['free memory'] = f"{os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30:.1f} GiB"
+        free = os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+        facts['free memory'] = f'{free/2**30:.1f} GiB'
     for k,v in facts.items(): print(f'{k:32} {v}')
     return facts
 
@@ -242,8 +256,13 @@ def lint(
     most:int=10,        # findings of a rule that are printed
 )->int:                 # exit status
     "Check annotations and photos, with file, line and column of each mistake."
-    from detlearn.data.lint import lint_command
-    return lint_command(path, photos, out, gallery, repaired, strict, most)
+    from detlearn.data.lint import lint as check, repair_one, write_gallery
+    report = check(path, photos)
+    print(report.text(most))
+    if out: Path(out).write_text(json.dumps(report.as_dict(), indent=1))
+    if gallery: print(f'pictures: {write_gallery(report, gallery)}')
+    if repaired: print(repair_one(report, path, repaired))
+    return int(not report.ok or (strict and report.count['warning'] > 0))
 
 # %% ../../nbs/15_apis/04_cli.ipynb #a7ed993f
 def download(

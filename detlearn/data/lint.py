@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'FIRST', 'STYLE', 'plain_value', 'Report', 'source_of', 'inner_sets', 'lint', 'set_values', 'without',
-           'apply_fixes', 'repair', 'window', 'both_ways', 'preview', 'figure_of', 'write_gallery', 'repair_one',
-           'lint_command']
+           'apply_fixes', 'repair', 'window', 'both_ways', 'preview', 'figure_of', 'write_gallery', 'repair_one']
 
 # %% ../../nbs/02_data/09d_lint.ipynb #773d09d4
-import base64, copy, html, io, json, os
+import base64, copy, html, io, os
 from collections import Counter
 from pathlib import Path
 from .coco import CocoDataset, write_coco
@@ -279,21 +278,3 @@ def repair_one(
                          f'have it repaired.')
     left = repair(report.sources[0], repaired).count
     return f'repaired copy: {repaired}; {left["error"]} errors and {left["warning"]} warnings are left.'
-
-# %% ../../nbs/02_data/09d_lint.ipynb #71932383
-def lint_command(
-    path:str,           # a file or folder: COCO json, VOC xml, YOLO data.yaml
-    photos:str=None,    # folder of the photos; default: searched near the annotations
-    out:str=None,       # write all findings to this file, as JSON
-    gallery:str=None,   # write a page of pictures to this file
-    repaired:str=None,  # write a repaired copy to this new COCO file
-    strict:bool=False,  # warnings count, too
-    most:int=10,        # findings of a rule that are printed
-)->int:                 # exit status
-    "Check annotations and photos, with file, line and column of each mistake."
-    report = lint(path, photos)
-    print(report.text(most))
-    if out: Path(out).write_text(json.dumps(report.as_dict(), indent=1))
-    if gallery: print(f'pictures: {write_gallery(report, gallery)}')
-    if repaired: print(repair_one(report, path, repaired))
-    return int(not report.ok or (strict and report.count['warning'] > 0))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RULE_OF_WORDS', 'Place', 'children', 'JsonPlaces', 'Finding', 'Source', 'need', 'check_entries', 'size_fix',
            'check_photo_entries', 'check_ids_of', 'check_objects', 'parse_failure', 'three_lists', 'from_coco',
-           'photos_near', 'add_photo', 'add_object', 'voc_objects', 'photos_of_voc', 'voc_photo', 'listed_splits',
-           'xml_files', 'from_voc', 'yolo_objects', 'yolo_photo', 'from_yolo', 'find_sources', 'sources_below',
-           'maybe_coco', 'splits_of']
+           'photos_near', 'add_photo', 'add_object', 'voc_objects', 'voc_photo', 'listed_splits', 'xml_files',
+           'from_voc', 'yolo_objects', 'yolo_photo', 'from_yolo', 'find_sources', 'sources_below', 'maybe_coco',
+           'splits_of']
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #74db8b57
 import bisect, json, os, re
@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from .coco import AnnotationError, check_box, check_name, no_such_file, read_json
-from .folder import folders_below, split_of
+from .folder import folders_below, photos_of_voc, split_of
 from .voc import find_photo, names_of, number_in, photo_size, read_object, read_xml
 from .yolo import label_file, photos_of, read_data_yaml, read_line, to_annotation
 
@@ -364,15 +364,6 @@ def voc_objects(
                    category_id=label)
 
 # %% ../../nbs/02_data/09_lint_sources.ipynb #9e0a1c05
-def photos_of_voc(
-    files, # paths of xml files
-)->Path:   # folder; None: not found
-    "`JPEGImages` or `images` beside the xml files, or their own folder, where a photo is in it."
-    near = [files[0].parent.parent/n for n in ('JPEGImages',
-                                               'images')] + [files[0].parent] if files else []
-    there = lambda p, f: (p/(f.stem + find_photo(str(p/f.stem)))).is_file()
-    return next((p for p in near if p.is_dir() and any(there(p, f) for f in files[:20])), None)
-
 def voc_photo(
     s:Source,    # added to
     places:dict, # `(list, number)` -> `Place`, added to
