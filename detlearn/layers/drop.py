@@ -15,15 +15,15 @@ from .conv_module import look_up
 
 # %% ../../nbs/03_layers/04_drop.ipynb #93e41c87
 def drop_path(
-    x,                # `(B, ...)`
-    drop_prob:float,  # chance of an image to lose this branch
-    training:bool,    # False: nothing happens
-)->Tensor:            # same shape
+    x,                    # `(B, ...)`
+    drop_prob:float=0.,   # chance of an image to lose this branch
+    training:bool=False,  # False: nothing happens
+)->Tensor:                # same shape
     "Set whole rows of a batch to zero and scale the others."
     if drop_prob == 0. or not training: return x
     keep = 1 - drop_prob
-    return x.div(keep)*(keep + torch.rand(x.shape[0], *[1]*(x.dim()-1), dtype=x.dtype,
-                                          device=x.device)).floor()
+    dice = torch.rand(x.shape[0], *[1]*(x.dim()-1), dtype=x.dtype, device=x.device)
+    return x.div(keep)*(keep + dice).floor()
 
 # %% ../../nbs/03_layers/04_drop.ipynb #86e93c69
 def drop_rates(
@@ -61,12 +61,13 @@ class Dropout(nn.Dropout):
     ): super().__init__(drop_prob, inplace)
 
 def build_dropout(
-    cfg,          # recipe, e.g. `dict(type='DropPath', drop_prob=.1)`; None: nothing is dropped
-)->nn.Module:     # the layer
+    cfg,               # recipe, e.g. `dict(type='DropPath', drop_prob=.1)`; None: nothing is dropped
+    default_args=None, # settings that the recipe may override, a dict
+)->nn.Module:          # the layer
     "A dropout layer from its recipe."
     if cfg is None: return nn.Identity()
     cls,kw = look_up(DROPOUT_LAYERS, cfg, 'dropout_layer')
-    return cls(**kw)
+    return cls(**{**(default_args or {}), **kw})
 
 # %% ../../nbs/03_layers/04_drop.ipynb #3499cdc4
 def block_gamma(
@@ -83,13 +84,13 @@ def block_gamma(
 # %% ../../nbs/03_layers/04_drop.ipynb #5549d48b
 def block_mask(
     x,               # `(B, C, H, W)`; each map gets its own holes
-    gamma:float,     # chance of a square to start
+    gamma,           # chance of a square to start, number or `()`
     block_size:int,  # its side, odd
 )->Tensor:           # `(B, C, H, W)`: 0 in squares, 1 elsewhere
     "Random squares of zeros."
     b,h,w = block_size,*x.shape[-2:]
-    start = torch.bernoulli(x.new_full((*x.shape[:2], h-b+1, w-b+1), gamma))
-    return 1 - F.max_pool2d(F.pad(start, [b//2]*4), b, 1, b//2)
+    start = torch.bernoulli(x.new_ones((*x.shape[:2], h-b+1, w-b+1), dtype=torch.float32)*gamma)
+    return 1 - F.max_pool2d(F.pad(start, [b//2]*4), b, 1, b//2).to(x.dtype)
 
 # %% ../../nbs/03_layers/04_drop.ipynb #336f7dd6
 @PLUGIN_LAYERS.register_module()
@@ -103,28 +104,34 @@ class DropBlock(nn.Module):
     ):
         super().__init__()
         if block_size % 2 == 0:
-            raise ValueError(f'DropBlock: block_size={block_size} must be odd, so that a square has a '
-                             'middle')
+            raise ValueError(f'DropBlock: block_size={block_size} must be odd, so that a square has a middle')
         if not 0 < drop_prob < 1:
             raise ValueError(f'DropBlock: drop_prob={drop_prob} must lie between 0 and 1')
         if warmup_iters < 0:
             raise ValueError(f'DropBlock: warmup_iters={warmup_iters} must not be negative')
-        self.drop_prob,self.block_size = drop_prob,block_size
-        self.warmup_iters,self.iter_cnt = warmup_iters,0
+        self.drop_prob,self.block_size,self.warmup_iters = drop_prob,block_size,warmup_iters
+        self.register_buffer('steps', torch.zeros(()), persistent=False)
+
+    @property
+    def iter_cnt(self)->int: # steps in training so far; reading it waits for the device
+        "The zoo's name for `steps`."
+        return int(self.steps)
+
+    @iter_cnt.setter
+    def iter_cnt(self, value): self.steps.fill_(value)
 
     def gamma(self,
         size,      # `(H, W)` of the map
-    )->float:      # chance of a square to start, at this step
+    )->Tensor:     # `()`, chance of a square to start, at this step
         "The chance, smaller while warming up."
-        warm = (1. if self.iter_cnt > self.warmup_iters else self.iter_cnt/self.warmup_iters
-                if self.warmup_iters else 1.)
-        return block_gamma(self.drop_prob*warm, self.block_size, size)
+        warm = (self.steps/self.warmup_iters).clamp(max=1) if self.warmup_iters else 1.
+        return warm*block_gamma(self.drop_prob, self.block_size, size)
 
     def forward(self,
         x, # `(B, C, H, W)`
     )->Tensor: # same shape
         "Zero in squares, in training, the rest scaled so that the mean stays."
         if not self.training: return x
-        self.iter_cnt += 1
+        self.steps += 1
         mask = block_mask(x, self.gamma(x.shape[-2:]), self.block_size)
         return x*mask*(mask.numel()/(mask.sum() + 1e-7))

@@ -9,6 +9,7 @@ __all__ = ['two_acts', 'SELayer', 'CBAM', 'DyReLU']
 import torch
 from torch import nn, Tensor
 from ..core.registry import PLUGIN_LAYERS
+from .initialize import initialize
 from .conv_module import ConvModule
 
 # %% ../../nbs/03_layers/03_squeeze.ipynb #11057a73
@@ -25,17 +26,18 @@ def two_acts(
 class SELayer(nn.Module):
     "Multiply each channel by a weight between 0 and 1 that the whole map decides (Hu et al., 2018)."
     def __init__(self,
-        channels:int,      # of the map
-        ratio=16,          # the layer between has `channels/ratio`
-        conv_cfg=None,     # recipe of the two 1×1
+        channels:int,  # of the map
+        ratio=16,      # the layer between has `channels/ratio`
+        conv_cfg=None, # recipe of the two 1×1
         act_cfg=(dict(type='ReLU'), dict(type='Sigmoid')), # recipes of the two activations
-        init_cfg=None,     # start of the weights
+        init_cfg=None, # start of the weights, see `initialize`
     ):
         super().__init__()
         (first,second),less = two_acts(act_cfg),int(channels/ratio)
-        self.init_cfg = init_cfg
         self.conv1 = ConvModule(channels, less, 1, conv_cfg=conv_cfg, act_cfg=first)
         self.conv2 = ConvModule(less, channels, 1, conv_cfg=conv_cfg, act_cfg=second)
+        self.init_cfg = init_cfg
+        initialize(self, init_cfg)
 
     def weights(self,
         x, # `(B, C, H, W)`
@@ -59,6 +61,8 @@ class CBAM(nn.Module):
         kernel_size:int=7, # of the convolution over places, odd
     ):
         super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd, so that a window has a middle')
         less = max(int(in_channels/ratio), 1)
         self.conv1 = ConvModule(in_channels, less, 1, bias=False)
         self.conv2 = ConvModule(less, in_channels, 1, bias=False, act_cfg=None)
@@ -78,18 +82,18 @@ class CBAM(nn.Module):
 class DyReLU(nn.Module):
     "The larger of two lines whose slopes the whole map decides."
     def __init__(self,
-        channels:int,      # of the map
-        ratio=4,           # the layer between has `channels/ratio`
-        conv_cfg=None,     # recipe of the two 1×1
-        # recipes of the two activations
-        act_cfg=(dict(type='ReLU'), dict(type='HSigmoid', bias=3., divisor=6.)),
-        init_cfg=None,     # start of the weights
+        channels:int,  # of the map
+        ratio=4,       # the layer between has `channels/ratio`
+        conv_cfg=None, # recipe of the two 1×1
+        act_cfg=(dict(type='ReLU'), dict(type='HSigmoid', bias=3., divisor=6.)), # of the two
+        init_cfg=None, # start of the weights, see `initialize`
     ):
         super().__init__()
         (first,second),less = two_acts(act_cfg),int(channels/ratio)
         self.channels,self.init_cfg = channels,init_cfg
         self.conv1 = ConvModule(channels, less, 1, conv_cfg=conv_cfg, act_cfg=first)
         self.conv2 = ConvModule(less, 4*channels, 1, conv_cfg=conv_cfg, act_cfg=second)
+        initialize(self, init_cfg)
 
     def forward(self,
         x, # `(B, C, H, W)`
