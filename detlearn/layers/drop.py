@@ -118,7 +118,11 @@ class DropBlock(nn.Module):
         return int(self.steps)
 
     @iter_cnt.setter
-    def iter_cnt(self, value): self.steps.fill_(value)
+    def iter_cnt(self,
+        value:int, # steps so far
+    ):
+        "Go on from there."
+        self.steps.fill_(value)
 
     def gamma(self,
         size,      # `(H, W)` of the map
