@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'MOVES', 'Trace', 'watch_layers', 'trace', 'grouped', 'cells_of', 'place_nodes', 'heights_of', 'step_text',
-           'draw_trace']
+           'draw_trace', 'kernel_of', 'kernel_text']
 
 # %% ../../nbs/03_layers/08c_trace.ipynb #b08a540f
 import math
+from collections.abc import Callable
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -184,3 +185,24 @@ def draw_trace(
         ax.annotate('', (x2, y2+edge), (x1, y1+edge), zorder=1, arrowprops=arrow)
     low,high = ax.get_ylim()
     if far: ax.set_ylim(low - .35, high)
+
+# %% ../../nbs/03_layers/08c_trace.ipynb #ce564135
+def kernel_of(
+    layer, # `nn.Module`, or None
+)->list:   # one line, or none where it is no convolution
+    "The kernel of a convolution, alone or in a `ConvModule`, and how many channels it mixes."
+    conv = getattr(layer, 'conv', layer)
+    if not isinstance(conv, nn.Conv2d): return []
+    mixed = '' if conv.groups == 1 else f', {conv.groups} groups'
+    if 1 < conv.groups == conv.in_channels: mixed = ' per channel'
+    return ['×'.join(map(str, conv.kernel_size)) + mixed]
+
+def kernel_text(
+    module:nn.Module, # that was traced
+)->Callable:          # `f(name, kind, shape)`, for `draw_trace`
+    "Texts with the kernels of the convolutions."
+    layers = dict(module.named_modules())
+    def text(name, kind, shape):
+        first,last = step_text(name, kind, shape).split('\n')
+        return '\n'.join([first, *kernel_of(layers.get(name.rstrip("'"))), last])
+    return text
