@@ -479,7 +479,7 @@ def test_numbers_of_another_format(name, toys, tmp_path):
 def test_lint_of_data_sets(toys, tmp_path):
     "Every reader, with its own settings; wrappers; what is no data set gets a sentence."
     from detlearn.data.custom_dataset import CustomDataset
-    from detlearn.data.loader import ConcatDataset, RepeatDataset
+    from detlearn.data.wrappers import ConcatDataset, RepeatDataset
     root,file = toys; coco = CocoDataset(file, [], img_prefix=str(root/'images')); as_voc(tmp_path/'v', toys, origin=0)
     voc = XMLDataset(None, [], img_prefix=str(tmp_path/'v'), origin=0); (tmp_path/'two.txt').write_text('train_00001\ntrain_00003\n')
     two = XMLDataset(tmp_path/'two.txt', [], img_prefix=str(tmp_path/'v'), origin=0); yolo = YOLODataset(as_yolo(tmp_path/'y', toys, lambda *v: v)/'data.yaml', [])

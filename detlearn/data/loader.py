@@ -6,11 +6,10 @@
 __all__ = ['OBJECT_KEYS', 'mix', 'seeded', 'keys_of', 'EpochSampler', 'SampledEpochs', 'choose_sampler', 'unwrap', 'stack_images',
            'objects', 'stack_padded', 'extras_of', 'ByValue', 'by_value', 'LoadedBatch', 'loaded', 'collate',
            'LoaderError', 'failure', 'Seeded', 'TakeBatch', 'DetLoader', 'keep_memory', 'build_dataloader',
-           'RepeatDataset', 'mark_part', 'joined_images', 'joined_coco', 'results_of_parts', 'ConcatDataset',
            'one_by_file', 'build_dataset']
 
 # %% ../../nbs/02_data/07_loader.ipynb #3def32ef
-import bisect, random, traceback, warnings
+import random, traceback, warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from ..core.registry import DATASETS, EVALUATORS, call
+from ..core.registry import DATASETS
 from ..core.structures import Batch, GroundTruth
 from .class_aware import ClassAwareSampler
 from .samplers import DistributedGroupSampler, GroupSampler
 from .samplers import InfiniteBatchSampler, InfiniteGroupBatchSampler, PassSampler, world_of
 from .transforms import padded
+from .wrappers import ConcatDataset
 
 # %% ../../nbs/02_data/07_loader.ipynb #606f8cc4
 def mix(
@@ -114,7 +114,8 @@ class SampledEpochs(EpochSampler):
     def __init__(self,
         sampler, # with `order()` of all processes, `len`, `set_epoch`, `seed`, `rank`, `world`
     ):
-        super().__init__(len(sampler)*sampler.world, seed=sampler.seed, rank=sampler.rank, world=sampler.world)
+        how = dict(seed=sampler.seed, rank=sampler.rank, world=sampler.world)
+        super().__init__(len(sampler)*sampler.world, **how)
         self.sampler = sampler
 
     def order(self)->list: # of positions, `len(self)*world`
@@ -135,11 +136,12 @@ def choose_sampler(
 )->EpochSampler:      # or one that wraps another
     "The order of the images, as the zoo chooses it."
     (rank,world),grouped = share,shuffle and hasattr(dataset, 'flag')
+    aware = class_aware is not None
     if runner_type == 'IterBasedRunner':
-        if class_aware is not None: warnings.warn('class_aware_sampler is not used by IterBasedRunner, as in the zoo.')
+        if aware: warnings.warn('class_aware_sampler is not used by IterBasedRunner, as in the zoo.')
         kind = InfiniteGroupBatchSampler if grouped else InfiniteBatchSampler
         return SampledEpochs(PassSampler(kind(dataset, batch, world, rank, seed, shuffle)))
-    if class_aware is not None: return SampledEpochs(ClassAwareSampler(dataset, batch, world, rank, seed, **class_aware))
+    if aware: return SampledEpochs(ClassAwareSampler(dataset, batch, world, rank, seed, **class_aware))
     if not grouped: return EpochSampler(len(dataset), shuffle, seed, rank, world)
     if world == 1: return SampledEpochs(GroupSampler(dataset, batch, seed))
     return SampledEpochs(DistributedGroupSampler(dataset, batch, world, rank, seed))
@@ -201,8 +203,8 @@ def extras_of(
     keys = [k for k in samples[0] if k not in OBJECT_KEYS]
     odd = next((k for k in keys if not isinstance(samples[0][k], (Tensor, np.ndarray))), None)
     if odd:
-        raise ValueError(f'Collect asks for {odd!r}, a {type(samples[0][odd]).__name__}: only tensors and '
-                         'arrays become part of a batch. Write it into meta_keys instead of keys.')
+        raise ValueError(f'Collect asks for {odd!r}, a {type(samples[0][odd]).__name__}: only tensors '
+                         'and arrays become part of a batch. Write it into meta_keys instead of keys.')
     fill = lambda key: 255 if key == 'gt_semantic_seg' else 0
     return {k: stack_padded([torch.as_tensor(s[k]) for s in samples], fill(k)) for k in keys}
 
@@ -322,10 +324,10 @@ def build_dataloader(
     dataset,                   # with `len` and `[i]`
     samples_per_gpu:int,       # images a batch (and process)
     workers_per_gpu:int,       # processes that read; 0: read in this one
-    num_gpus:int=1,            # multiplies both, unless `dist`
-    dist:bool=False,           # several training processes: each gets its share
+    num_gpus:int=1,            # multiplies both, with `dist=False`
+    dist:bool=True,            # where there are several training processes, each gets its share
     shuffle:bool=True,         # another order in each epoch
-    seed:int=None,             # None: drawn from torch's generator
+    seed:int=None,             # None: drawn from torch's generator; 0 in several processes
     runner_type:str='EpochBasedRunner', # or `'IterBasedRunner'`, see `choose_sampler`
     persistent_workers:bool=None, # keep workers between epochs; None: yes, where there are any
     class_aware_sampler=None,  # `dict(num_sample_class=1)`: every class as often as every other
@@ -337,8 +339,8 @@ def build_dataloader(
         why = ', '.join(f'{n} {what}' for what,n in getattr(dataset, 'skipped', {}).items())
         raise ValueError(f'The data set holds no image: left out {why or "nothing"}. '
                          'Check ann_file and classes.')
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
     share,num_gpus = (world_of(None, None), 1) if dist else ((0, 1), num_gpus)
+    if seed is None: seed = 0 if share[1] > 1 else int(torch.randint(2**31, ()))
     workers,batch = workers_per_gpu*num_gpus,samples_per_gpu*num_gpus
     if workers and persistent_workers is not False: kw['persistent_workers'] = True
     gpu = hasattr(torch, 'accelerator') and torch.accelerator.is_available()
@@ -347,153 +349,18 @@ def build_dataloader(
     return DetLoader(Seeded(dataset), batch, num_workers=workers, sampler=sampler,
                      collate_fn=TakeBatch(collate_fn), generator=torch.Generator(), **kw)
 
-# %% ../../nbs/02_data/07_loader.ipynb #08d48c41
-@DATASETS.register_module()
-class RepeatDataset(Dataset):
-    "A data set several times in a row: a longer epoch from few images."
-    def __init__(self,
-        dataset,    # any with `len` and `[i]`
-        times:int,  # at least 1
-    ):
-        self.dataset,self.times,self.CLASSES = dataset,times,getattr(dataset, 'CLASSES', None)
-        self.PALETTE = getattr(dataset, 'PALETTE', None)
-        if hasattr(dataset, 'flag'): self.flag = np.tile(dataset.flag, times)
-
-    def __len__(self): return self.times*len(self.dataset)
-    def __getitem__(self, i): return self.dataset[range(len(self))[i] % len(self.dataset)]
-
-    def get_cat_ids(self,
-        idx:int, # position
-    )->list:     # category ids
-        "Which categories an image holds."
-        return self.dataset.get_cat_ids(idx % len(self.dataset))
-
-    def get_ann_info(self,
-        idx:int, # position
-    )->dict:     # of the image there
-        "The objects of one image."
-        return self.dataset.get_ann_info(idx % len(self.dataset))
-
 # %% ../../nbs/02_data/07_loader.ipynb #f3e29601
-def mark_part(
-    sample,   # of a pipeline; what has no `img_metas` is handed through
-    part:int, # number of the data set
-)->dict:      # with other ids
-    "Note in `img_metas` which data set an image is from."
-    metas = sample.get('img_metas') if isinstance(sample, dict) else None
-    mark = lambda m: dict(m, image_id=f"{part}/{m['image_id']}") if 'image_id' in m else m
-    if not metas: return sample
-    return dict(sample, img_metas=mark(metas) if isinstance(metas, dict) else [mark(m) for m in metas])
-
-def joined_images(
-    datasets, # with `data_infos` and `cat_ids`
-)->list:      # dicts: id `'k/i'`; lists of categories by label + 1
-    "The images of all data sets, none with the id of another."
-    out = []
-    for k,d in enumerate(datasets):
-        label = {c: l+1 for l,c in enumerate(d.cat_ids)}
-        lists = lambda im: {f: [label[c] for c in im[f] if c in label] for f in ('neg_category_ids', 'not_exhaustive_category_ids') if f in im}
-        out += [dict(im, id=f"{k}/{im['id']}", **lists(im)) for im in d.data_infos]
-    return out
-
-def joined_coco(
-    datasets, # with `coco` and `cat_ids`
-)->dict:      # images, annotations, categories
-    "The labels of all data sets in one."
-    rows = [(k, a, {c: l+1 for l,c in enumerate(d.cat_ids)}) for k,d in enumerate(datasets) for a in d.coco['annotations']]
-    annotations = [dict(a, id=i, image_id=f"{k}/{a['image_id']}", category_id=label[a['category_id']]) for i,(k,a,label) in enumerate(rows, 1)]
-    return dict(images=joined_images(datasets), annotations=annotations, categories=[dict(c, id=l+1) for l,c in enumerate(datasets[0].coco['categories'])])
-
-def results_of_parts(
-    joined,  # `ConcatDataset`
-    results, # for each image, in order; or rows with joined ids
-)->list:     # results for each data set, rows with its own ids
-    "Hand each data set its results."
-    listed = len(results) > 0 and not isinstance(results[0], dict)
-    if listed and len(results) != len(joined): raise ValueError(f'there are {len(results)} results for {len(joined)} images: give one for each.')
-    if listed: return [results[b-len(d):b] for d,b in zip(joined.datasets, joined.cumulative_sizes)]
-    out,ids = [[] for _ in joined.datasets],[{str(info['id']): info['id'] for info in d.data_infos} for d in joined.datasets]
-    for r in results:
-        part,name = str(r['image_id']).split('/', 1); k = int(part)
-        out[k].append(dict(r, image_id=ids[k][name], category_id=joined.datasets[k].cat_ids[r['category_id']-1]))
-    return out
-
-# %% ../../nbs/02_data/07_loader.ipynb #9c91fce7
-@DATASETS.register_module()
-class ConcatDataset(torch.utils.data.ConcatDataset):
-    "Several data sets of the same classes, one after the other."
-    def __init__(self,
-        datasets,                # list
-        separate_eval:bool=True, # judge each by itself, `0_bbox_mAP`, `1_bbox_mAP`, ...; False: all as one
-    ):
-        super().__init__(datasets)
-        self.separate_eval = separate_eval
-        self.CLASSES,self.PALETTE = datasets[0].CLASSES,getattr(datasets[0], 'PALETTE', None)
-        other = next((d.CLASSES for d in datasets if d.CLASSES != self.CLASSES), None)
-        if other:
-            raise ValueError(f'The data sets to be joined have other classes: {self.CLASSES}, {other}. '
-                             'Write classes=(...) in each.')
-        flags = [d.flag for d in datasets if hasattr(d, 'flag')]
-        if len(flags) == len(datasets): self.flag = np.concatenate(flags)
-        self.cat_ids = list(range(1, len(self.CLASSES or ())+1))
-
-    def get_cat_ids(self,
-        idx:int, # position
-    )->list:     # category ids
-        "Which categories an image holds."
-        k,i = self.place(idx)
-        return self.datasets[k].get_cat_ids(i)
-
-    def get_ann_info(self,
-        idx:int,  # position
-    )->dict:      # see `CocoDataset`
-        "The objects of one image."
-        k,i = self.place(idx)
-        return self.datasets[k].get_ann_info(i)
-
-    def place(self,
-        idx:int, # position
-    )->tuple:    # number of the data set, position in it
-        "Where an image lies."
-        k = bisect.bisect_right(self.cumulative_sizes, range(len(self))[idx])
-        return k,range(len(self))[idx] - (self.cumulative_sizes[k-1] if k else 0)
-
-    def __getitem__(self, idx):
-        k,i = self.place(idx)
-        return mark_part(self.datasets[k][i], k)
-
-    @property
-    def evaluator(self)->str: # a name
-        "The rules of the first data set."
-        return getattr(self.datasets[0], 'evaluator', 'CocoMetric')
-
-    @property
-    def data_infos(self)->list: # dicts
-        "The images, see `joined_images`."
-        return joined_images(self.datasets)
-
-    @property
-    def coco(self)->dict: # images, annotations, categories
-        "The labels of all data sets in one, made anew at each call."
-        return joined_coco(self.datasets)
-
-    def evaluate(self,
-        results,     # as for `CocoDataset.evaluate`, the data sets one after the other; or rows with the ids of `coco`
-        **settings,  # of the evaluator
-    )->dict:         # numbers of each data set with its number in front, or of all
-        "How good results are, by the rules of the data sets."
-        if not self.separate_eval: return call(EVALUATORS.find(self.evaluator), settings, 'evaluation')(self, results)
-        each = enumerate(zip(self.datasets, results_of_parts(self, results)))
-        return {f'{k}_{name}': v for k,(d,r) in each for name,v in d.evaluate(r, **settings).items()}
-
-# %% ../../nbs/02_data/07_loader.ipynb #a9954844
 def one_by_file(
     cfg:dict, # of a data set whose `ann_file` is a list
 )->list:      # a dict for each file
     "A config for each annotation file; folders may be lists as long, or one for all."
-    n,lists = len(cfg['ann_file']),{k: cfg[k] for k in ('ann_file', 'img_prefix', 'seg_prefix', 'proposal_file') if isinstance(cfg.get(k), (list, tuple))}
+    paths = 'ann_file', 'img_prefix', 'seg_prefix', 'proposal_file'
+    lists = {k: cfg[k] for k in paths if isinstance(cfg.get(k), (list, tuple))}
+    n = len(cfg['ann_file'])
     for k,v in lists.items():
-        if len(v) != n: raise ValueError(f'ann_file names {n} files, {k} {len(v)}: give one for each, or a text for all.')
+        if len(v) != n:
+            raise ValueError(f'ann_file names {n} files, {k} {len(v)}: give one for each, or a text '
+                             'for all.')
     rest = {k: v for k,v in cfg.items() if k != 'separate_eval'}
     return [{**rest, **{k: v[i] for k,v in lists.items()}} for i in range(n)]
 
@@ -507,7 +374,8 @@ def build_dataset(
     if isinstance(cfg, (list, tuple)): return ConcatDataset(each(cfg))
     if not isinstance(cfg, dict): return cfg
     cfg = dict(cfg)
-    if isinstance(cfg.get('ann_file'), (list, tuple)): return ConcatDataset(each(one_by_file(cfg)), cfg.get('separate_eval', True))
+    if isinstance(cfg.get('ann_file'), (list, tuple)):
+        return ConcatDataset(each(one_by_file(cfg)), cfg.get('separate_eval', True))
     inner = [k for k in ('dataset', 'datasets') if k in cfg]
     if not inner: return DATASETS.build({**(default_args or {}), **cfg})
     if 'dataset' in cfg: cfg['dataset'] = build_dataset(cfg['dataset'], default_args)
