@@ -71,19 +71,19 @@ class RegNet(ResNet):
     "Stages along a straight line (Radosavovic et al., 2020)."
     def __init__(self,
         arch,                      # key of `REGNETS`, or a dict of six numbers
+        in_channels:int=3,         # of the image
         stem_channels:int=32,      # of the stem
         base_channels:int=32,      # accepted, not used: widths follow from `arch`
         strides=(2, 2, 2, 2),      # of the stages, after a stem of 2
         dilations=(1, 1, 1, 1),    # of the stages
         out_indices=(0, 1, 2, 3),  # stages whose maps are given
-        **kwargs,                  # of `ResNet`
+        *args, **kwargs,           # of `ResNet` from `style` on, in its order
     ):
         self.widths,blocks,self.group_widths,self.bot_mul = regnet_arch(arch)
-        if kwargs.get('deep_stem'): raise ValueError('RegNet: its stem is one 3×3; leave deep_stem out')
         n = len(self.widths)
         self.archs = {arch if isinstance(arch, str) else 'described': (FlatBottleneck, blocks)}
-        super().__init__(*self.archs, stem_channels=stem_channels, num_stages=n, strides=strides[:n],
-                         dilations=dilations[:n], out_indices=out_indices, **kwargs)
+        super().__init__(*self.archs, in_channels, stem_channels, base_channels, n, strides[:n],
+                         dilations[:n], out_indices, *args, **kwargs)
 
     def make_stem(self,
         in_channels:int, # of the image
@@ -92,6 +92,7 @@ class RegNet(ResNet):
         norm_cfg,        # recipe of the norm
     ):                   # nothing; the layers become attributes
         "One 3×3 of stride 2, no pooling."
+        if self.deep_stem: raise ValueError('RegNet: its stem is one 3×3; leave deep_stem out')
         self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 3, stride=2, padding=1,
                                       bias=False)
         self.norm1_name,norm = build_norm_layer(norm_cfg, channels, 1)
