@@ -16,7 +16,7 @@ from counting import count
 from test_golden_models import CASES, calm, live, picture, settings
 
 for module in INDEX['syms']:
-    if module.split('.')[1] in ('backbones', 'necks'): importlib.import_module(module)
+    if module.split('.')[1] in ('layers', 'backbones', 'necks'): importlib.import_module(module)
 
 two = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1), base_channels=8)
 stage = lambda n: dict(num_modules=1, num_branches=n, block='BASIC' if n > 1 else 'BOTTLENECK', num_blocks=(1,)*n, num_channels=tuple(8*2**i for i in range(n)))
