@@ -10,7 +10,6 @@ __all__ = ['MODES', 'plugin_name', 'build_plugin_layer', 'side_by_side', 'pair_w
 import re
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
 from ..core.registry import PLUGIN_LAYERS
 from .conv_module import ConvModule, look_up
 from .initialize import initialize
