@@ -30,44 +30,52 @@ class BaseEMAHook(Hook):
         momentum:float=.0002,     # share of the new weights at each update, in the end
         interval:int=1,           # updates every so many iterations
         skip_buffers:bool=False,  # leave running means and variances as they are
-        resume_from=None,         # accepted; the average is part of each checkpoint
-        momentum_fun=None,        # `f(iteration)` gives the share instead
+        resume_from=None,         # accepted, not used: the average is part of each checkpoint
+        momentum_fun=None,        # `f(iteration)` gives the share instead; None: `momentum`
     ):
         if not 0 < momentum < 1:
-            raise ValueError(f'{type(self).__name__} has momentum={momentum}: it is the share of the new weights, '
-                             'above 0 and below 1, e.g. 0.0002.')
+            raise ValueError(f'{type(self).__name__} has momentum={momentum}: it is the share of the '
+                             'new weights, above 0 and below 1, e.g. 0.0002.')
         self.momentum,self.interval,self.buffers = momentum,interval,not skip_buffers
         self.average,self.depth,self.momentum_fun = None,0,momentum_fun
 
     def rate(self,
         it:int, # iterations finished
-    )->float:
+    )->float:   # above 0, at most 1
         "The share of the new weights."
         return self.momentum_fun(it) if self.momentum_fun else self.momentum
 
     def due(self,
         it:int, # iterations finished
-    )->bool:
+    )->bool:    # True at the end of each interval
         "Is this iteration one that counts?"
         return every(it, self.interval)
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # whose weights are the first average, unless a run came before
+    ):
         "Begin with the weights themselves."
         if self.average is None: self.average = [t.clone() for t in averaged_tensors(self, runner)]
         elif self.depth: self.put_back(runner)
         warn_if_too_slow(self, runner.max_iters)
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # whose model has just made a step
+    ):
         "Follow."
         if not self.due(runner.iter): return
         torch._foreach_lerp_(self.average, averaged_tensors(self, runner), self.rate(runner.iter))
 
-    def show(self, runner):
+    def show(self,
+        runner, # whose model gets the average, unless it has it already
+    ):
         "Put the average into the model."
         self.depth += 1
         if self.depth == 1: exchange(self.average, averaged_tensors(self, runner))
 
-    def put_back(self, runner):
+    def put_back(self,
+        runner, # whose model gets its raw weights, once for each `show`
+    ):
         "Put the raw weights back."
         self.depth -= 1
         if self.depth == 0: exchange(self.average, averaged_tensors(self, runner))
@@ -75,14 +83,17 @@ class BaseEMAHook(Hook):
     before_val_epoch = before_save = after_run = show
     after_val_epoch = after_save = put_back
 
-    def state_dict(self):
+    def state_dict(self)->dict: # `raw`: list of tensors
         "The raw weights: while a checkpoint is written, the model holds the average."
         return dict(raw=self.average)
 
-    def load_state_dict(self, state, runner):
-        "The model has just got the average from the file."
-        with torch.no_grad():
-            for a,t,r in zip(self.average, averaged_tensors(self, runner), state['raw']): a.copy_(t); t.copy_(r)
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+        runner,     # whose model holds the average of the file; it gets the raw weights
+    ):
+        "Take the average from the model, and give it the raw weights."
+        for a,t in zip(self.average, averaged_tensors(self, runner)): a.copy_(t)
+        for r,t in zip(state['raw'], averaged_tensors(self, runner)): t.copy_(r)
 
 # %% ../../nbs/14_engine/08_ema.ipynb #7c18f7f9
 def averaged_tensors(
@@ -91,19 +102,21 @@ def averaged_tensors(
 )->list:    # of tensors that share memory with the model
     "What is averaged: parameters, and floating-point buffers unless they are skipped."
     model = runner.model
-    return [p.data for p in model.parameters()] + [b for b in model.buffers() if hook.buffers and b.is_floating_point()]
+    buffers = [b for b in model.buffers() if hook.buffers and b.is_floating_point()]
+    return [p.data for p in model.parameters()] + buffers
 
 # %% ../../nbs/14_engine/08_ema.ipynb #3fb61525
 def warn_if_too_slow(
     hook,     # `BaseEMAHook`
-    iters,    # of the run
-)->float:     # share of the initial weights in the final average
+    iters,    # of the run; None: not known, nothing is said
+)->float:     # share of the initial weights in the final average; above 0.2 there is a warning
     "An average that is slower than the run never leaves its beginning."
     updates = range(0, iters or 0, hook.interval)
     left = math.exp(sum(math.log1p(-min(hook.rate(i), 1-1e-9)) for i in updates))
     if left > .2:
-        warnings.warn(f'{type(hook).__name__}: after all {iters} iterations the average still holds {left:.0%} of the '
-                      f'initial weights. Try momentum={min(.5, 5/max(1, len(updates))):.2g}.')
+        warnings.warn(f'{type(hook).__name__}: after all {iters} iterations the average still holds '
+                      f'{left:.0%} of the initial weights. '
+                      f'Try momentum={min(.5, 5/max(1, len(updates))):.2g}.')
     return left
 
 # %% ../../nbs/14_engine/08_ema.ipynb #e5c294dd
@@ -112,9 +125,9 @@ class EMAHook(BaseEMAHook):
     "A moving average of the parameters, mmcv's."
     def __init__(self,
         momentum:float=.0002, # share of the new weights at each update
-        interval:int=1,       # updates every so many iterations; as in the zoo, with `momentum**interval`
+        interval:int=1,       # updates every so many iterations; the share is `momentum**interval`
         warm_up:int=100,      # caps the share at `(1+i)/(warm_up+i)`
-        resume_from=None,     # accepted
+        resume_from=None,     # accepted, not used
     ):
         super().__init__(momentum, interval, True)
         self.momentum,self.warm_up = momentum**interval,warm_up
@@ -122,11 +135,15 @@ class EMAHook(BaseEMAHook):
             warnings.warn(f'EMAHook: as in the zoo, interval={interval} raises momentum to its power: '
                           f'{self.momentum:.1e} instead of {momentum}. Give a larger momentum.')
 
-    def rate(self, it):
+    def rate(self,
+        it:int, # iterations finished
+    )->float:   # at most `momentum**interval`
         "Constant, but for the cap."
         return min(self.momentum, (1+it)/(self.warm_up+it))
 
-    def due(self, it):
+    def due(self,
+        it:int, # iterations finished
+    )->bool:    # True at the beginning of each interval
         "From the first iteration on."
         return it % self.interval == 0
 
@@ -139,8 +156,10 @@ class ExpMomentumEMAHook(BaseEMAHook):
         **kwargs,            # of `BaseEMAHook`
     ): super().__init__(**kwargs); self.total_iter = total_iter
 
-    def rate(self, it):
-        "Decays from nearly 1 to `momentum`."
+    def rate(self,
+        it:int, # iterations finished
+    )->float:   # from nearly 1 to `momentum`
+        "Falls exponentially."
         return (1-self.momentum)*math.exp(-(1+it)/self.total_iter) + self.momentum
 
 @HOOKS.register_module()
@@ -151,6 +170,8 @@ class LinearMomentumEMAHook(BaseEMAHook):
         **kwargs,        # of `BaseEMAHook`
     ): super().__init__(**kwargs); self.warm_up = warm_up
 
-    def rate(self, it):
-        "At most `momentum**interval`, as in the zoo."
+    def rate(self,
+        it:int, # iterations finished
+    )->float:   # at most `momentum**interval`, as in the zoo
+        "Constant, but for the cap."
         return min(self.momentum**self.interval, (1+it)/(self.warm_up+it))

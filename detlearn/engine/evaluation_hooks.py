@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GREATER', 'truth_of', 'losses_and_boxes', 'ap_numbers', 'even_batches', 'all_results', 'all_losses', 'evaluate_model',
-           'rule_of', 'keep_best', 'best_on_disk', 'EvalHook', 'EarlyStoppingHook']
+           'rows_of', 'rule_of', 'keep_best', 'best_on_disk', 'EvalHook', 'EarlyStoppingHook']
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #fb1ee5ac
 import math
+from collections.abc import Iterator
 from pathlib import Path
 import torch
 from ..core.registry import HOOKS
@@ -20,8 +21,8 @@ from ..evaluation.dataset_metrics import evaluator_of
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #6eb9307a
 def truth_of(
-    dataloader, # whose data set may be wrapped
-):              # the data set with `coco` and `cat_ids`, or None
+    dataloader, # whose data set may be wrapped, any number of times
+)->object:      # the data set with `coco` and `cat_ids`, or None
     "The annotations behind a loader."
     data = getattr(dataloader, 'dataset', None)
     while data is not None and not hasattr(data, 'coco'): data = getattr(data, 'dataset', None)
@@ -29,10 +30,10 @@ def truth_of(
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #d8485705
 def losses_and_boxes(
-    model,  # a detector
-    batch,  # `Batch` on its device
+    model,      # a detector, or anything that gives losses for `(images, gt)`
+    batch,      # `Batch` on its device
     boxes:bool, # also detections
-)->tuple:   # losses by name, `Detections` or None
+)->tuple:       # losses by name; `Detections`, or None without `boxes`
     "What a batch has to say."
     if not boxes: return model(batch.images, batch.gt),None
     if hasattr(model, 'train_and_test'): return model.train_and_test(batch.images, batch.gt)
@@ -51,12 +52,13 @@ def ap_numbers(
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #f8ef591e
 def even_batches(
-    dataloader, # gives `Batch`
-):              # gives batches and whether each counts
+    dataloader, # gives `Batch`, and has a length
+)->Iterator:    # pairs: a batch, and whether it counts
     "All batches, then the last one again until every process has had as many."
     most,n = max(gather_objects(len(dataloader))),0
     for n,batch in enumerate(dataloader, 1): yield batch,True
-    if n == 0 and most: raise ValueError('a process has no image to evaluate: use fewer processes or more images.')
+    if n == 0 and most:
+        raise ValueError('a process has no image to evaluate: use fewer processes or more images.')
     for _ in range(most-n): yield batch,False
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #6e203d18
@@ -69,9 +71,9 @@ def all_results(
     return [r for rows in merged.values() for r in rows]
 
 def all_losses(
-    buffer,  # `LogBuffer` with the losses of this process
+    buffer,     # `LogBuffer` with the losses of this process
     images:int, # how many images of this process they are of
-)->dict:     # `val_...`: means over the images of all processes
+)->dict:        # `val_...`: means over the images of all processes
     "Mean losses."
     each = gather_objects((buffer.average(), images))
     total = sum(n for _,n in each)
@@ -86,24 +88,34 @@ def evaluate_model(
 )->dict:              # `bbox_mAP`, ..., then `val_loss_cls`, ..., `val_loss`: means over the images
     "AP and losses on images that are not trained on."
     model,data,buffer = getattr(model, 'module', model),truth_of(dataloader),LogBuffer()
-    if data is not None: evaluator_of(data, **settings)       # what it does not know is refused before the work
+    if data is not None: evaluator_of(data, **settings)  # refuses what it does not know before the work
     training,device,results,objects,images = model.training,next(model.parameters()).device,{},0,0
     buffer.clear(keep=10**9); model.eval()
     try:
         for batch,counts in even_batches(dataloader):
             losses,found = losses_and_boxes(model, batch := batch.to(device), data is not None)
             if not counts: continue
-            buffer.update(parse_losses(losses)[1], len(batch.images))
-            objects,images = objects + batch.gt.valid.sum(),images + len(batch.images)
-            if data is None: continue
-            found = to_original(found, batch.metas)
-            for i,meta in enumerate(batch.metas): results[meta['image_id']] = coco_results(found[i], meta, data.cat_ids)
+            n = len(batch.images)
+            buffer.update(parse_losses(losses)[1], n)
+            objects,images = objects + batch.gt.valid.sum(),images + n
+            if data is not None: results |= rows_of(found, batch, data)
     finally: model.train(training)
     if data is None: return all_losses(buffer, images)
     rows = all_results(results)
     out = gather_objects(ap_numbers(data, rows, **settings) if get_dist_info()[0] == 0 else None)[0]
-    seen = sum(gather_objects(int(objects)))                  # none: the pipeline loads no objects
+    seen = sum(gather_objects(int(objects)))             # none: the pipeline loads no objects
     return out | all_losses(buffer, images) if seen else out
+
+# %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #a17a0415
+def rows_of(
+    found, # `Detections` in the padded input
+    batch, # whose `metas` name the images and say how they were scaled
+    data,  # with `cat_ids`: the category of each class
+)->dict:   # image id: COCO results, in pixels of the original image
+    "Detections of a batch in the words of COCO."
+    found = to_original(found, batch.metas)
+    return {meta['image_id']: coco_results(found[i], meta, data.cat_ids)
+            for i,meta in enumerate(batch.metas)}
 
 # %% ../../nbs/14_engine/07_evaluation_hooks.ipynb #e83166e0
 GREATER = ('acc', 'top', 'ar', 'auc', 'precision', 'map', 'recall', 'dice', 'iou', 'ap')
@@ -115,8 +127,8 @@ def rule_of(
     less_keys=(),     # parts of names for which less is better, besides `'loss'`
 )->str:               # `'greater'` or `'less'`
     "Which way is better?"
-    if rule not in ('greater', 'less', None): raise ValueError(f"rule={rule!r}: choose 'greater' or 'less'.")
-    if rule: return rule
+    if rule in ('greater', 'less'): return rule
+    if rule: raise ValueError(f"rule={rule!r}: choose 'greater' or 'less'.")
     if any(k.lower() in key.lower() for k in (*less_keys, 'loss')): return 'less'
     if any(k.lower() in key.lower() for k in (*greater_keys, *GREATER)): return 'greater'
     raise ValueError(f"Is a larger {key} better? Say it: rule='greater' or rule='less'.")
@@ -130,7 +142,8 @@ def keep_best(
     "Save if it is the best so far, and remove the one before."
     key = next(iter(results)) if hook.save_best == 'auto' else hook.save_best
     if key not in results:
-        raise ValueError(f'save_best={key!r}, but the evaluation gives {", ".join(results)}: choose one of these.')
+        raise ValueError(f'save_best={key!r}, but the evaluation gives {", ".join(results)}: '
+                         'choose one of these.')
     value,sign = float(results[key]),1 if rule_of(key, *hook.rules) == 'greater' else -1
     if math.isnan(value) or (hook.best is not None and sign*value <= sign*hook.best): return
     done = f'epoch_{runner.epoch+1}' if hook.by_epoch else f'iter_{runner.iter+1}'
@@ -163,24 +176,25 @@ class EvalHook(Hook):
         start:int=None,         # first epoch or iteration with an evaluation, from 1
         interval:int=1,         # in epochs or iterations
         by_epoch:bool=True,     # epochs or iterations
-        save_best:str=None,     # name of a metric, or `'auto'`: the first; keeps `best_METRIC_epoch_N.pth`
+        save_best:str=None,     # a metric, or `'auto'`: the first; keeps `best_METRIC_epoch_N.pth`
         rule:str=None,          # `'greater'` or `'less'`; None: by the name
         evaluate_fn=evaluate_model, # `f(model, dataloader, **eval_kwargs)` gives a dict of numbers
         greater_keys=(),        # see `rule_of`
         less_keys=(),           # see `rule_of`
         out_dir=None,           # of the best file: `OUT_DIR/NAME_OF_WORK_DIR`; None: `work_dir`
         dynamic_intervals=None, # `[(from, interval), ...]`, epochs or iterations from 1
-        **eval_kwargs,          # handed on
+        **eval_kwargs,          # handed to `evaluate_fn`
     ):
         self.dataloader,self.start,self.interval,self.by_epoch = dataloader,start,interval,by_epoch
         self.evaluate_fn,self.eval_kwargs,self.save_best = evaluate_fn,eval_kwargs,save_best
-        self.rules,self.out_dir,self.steps = (rule, greater_keys, less_keys),out_dir,sorted(dynamic_intervals or [])
-        self.best,self.best_file = None,None
-        if evaluate_fn is evaluate_model and truth_of(dataloader) is not None: evaluator_of(truth_of(dataloader), **eval_kwargs)
+        self.rules,self.out_dir = (rule, greater_keys, less_keys),out_dir
+        self.steps,self.best,self.best_file = sorted(dynamic_intervals or []),None,None
+        data = truth_of(dataloader)
+        if evaluate_fn is evaluate_model and data is not None: evaluator_of(data, **eval_kwargs)
 
     def due(self,
         done:int, # epochs or iterations before this one
-    )->bool:
+    )->bool:      # from `start`, if there is one, every `interval`
         "Is it time?"
         interval = next((i for at,i in reversed(self.steps) if done+1 >= at), self.interval)
         if self.start is None: return every(done, interval)
@@ -191,26 +205,33 @@ class EvalHook(Hook):
     ):
         "Measure, hand the numbers to the loggers, keep the best."
         runner.call_hook('before_val_epoch')
-        training = runner.model.training
+        model,training = runner.model,runner.model.training
         try:
-            with same_rng(): results = self.evaluate_fn(runner.model, self.dataloader, **self.eval_kwargs)
-        finally: runner.model.train(training); runner.call_hook('after_val_epoch')
+            with same_rng(): results = self.evaluate_fn(model, self.dataloader, **self.eval_kwargs)
+        finally: model.train(training); runner.call_hook('after_val_epoch')
         runner.log_buffer.output = dict(results, eval_iter_num=len(self.dataloader))
         if self.save_best: keep_best(self, runner, results)
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # evaluated with `by_epoch=True`
+    ):
         "After an epoch."
         if self.by_epoch and self.due(runner.epoch): self.evaluate(runner)
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # evaluated with `by_epoch=False`
+    ):
         "After an iteration."
         if not self.by_epoch and self.due(runner.iter): self.evaluate(runner)
 
-    def state_dict(self):
+    def state_dict(self)->dict: # `best`: a score, or None; `best_file`: its name
         "The best so far."
         return dict(best=self.best, best_file=self.best_file)
 
-    def load_state_dict(self, state, runner):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+        runner,     # with `work_dir`
+    ):
         "Take up the best so far; a best file that is newer than the checkpoint counts."
         where = folder_for(self.out_dir, runner.work_dir)
         self.best,self.best_file = best_on_disk(where, state['best'], state['best_file'])
@@ -225,31 +246,38 @@ class EarlyStoppingHook(Hook):
         patience:int=5,      # evaluations without a new best
         min_delta:float=0.,  # a smaller improvement does not count
         rule=None,           # `'greater'` or `'less'`; None: by the name
-    ): self.monitor,self.patience,self.min_delta,self.rule,self.best,self.waited = monitor,patience,min_delta,rule,None,0
+    ):
+        self.monitor,self.patience,self.min_delta,self.rule = monitor,patience,min_delta,rule
+        self.best,self.waited = None,0
 
     def look(self,
-        runner, # after an evaluation
+        runner, # after an evaluation; its `max_epochs` or `max_iters` is changed
     ):
         "Count; at the end of patience, make this epoch (or iteration) the last."
-        results = runner.log_buffer.output
+        results,key = runner.log_buffer.output,self.monitor
         if not results: return
-        if self.monitor not in results:
-            raise ValueError(f'monitor={self.monitor!r}, but the evaluation gives {", ".join(results)}: choose one of these.')
-        value,sign = float(results[self.monitor]),1 if rule_of(self.monitor, self.rule) == 'greater' else -1
+        if key not in results:
+            raise ValueError(f'monitor={key!r}, but the evaluation gives {", ".join(results)}: '
+                             'choose one of these.')
+        value,sign = float(results[key]),1 if rule_of(key, self.rule) == 'greater' else -1
         better = self.best is None or sign*(value-self.best) > self.min_delta
         self.best,self.waited = (value, 0) if better else (self.best, self.waited+1)
         if self.waited < self.patience: return
-        runner.say(f'{self.monitor} has not improved on {self.best:.4f} for {self.waited} evaluations: this is the end')
+        runner.say(f'{key} has not improved on {self.best:.4f} for {self.waited} evaluations: '
+                   'this is the end')
         if runner.by_epoch: runner.max_epochs = runner.epoch+1
         else: runner.max_iters = runner.iter+1
 
     after_train_iter = after_train_epoch = look
 
-    def state_dict(self):
+    def state_dict(self)->dict: # `best`: a score, or None; `waited`: evaluations since
         "The best so far, and how long ago it was."
         return dict(best=self.best, waited=self.waited)
 
-    def load_state_dict(self, state, runner):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+        runner,     # not used
+    ):
         "Go on waiting."
         self.best,self.waited = state['best'],state['waited']
 

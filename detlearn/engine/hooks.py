@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIORITIES', 'POINTS', 'get_priority', 'falls_back', 'Hook', 'every', 'is_last', 'end_of_epoch', 'LogBuffer',
-           'mean_of', 'clip_gradients', 'OptimizerHook', 'LrUpdaterHook', 'FixedLrUpdaterHook', 'StepLrUpdaterHook',
-           'ExpLrUpdaterHook', 'InvLrUpdaterHook', 'PolyLrUpdaterHook', 'CosineAnnealingLrUpdaterHook',
-           'FlatCosineAnnealingLrUpdaterHook', 'LinearAnnealingLrUpdaterHook', 'CosineRestartLrUpdaterHook',
-           'CyclicLrUpdaterHook', 'OneCycleLrUpdaterHook', 'YOLOXLrUpdaterHook', 'IterTimerHook', 'DistSamplerSeedHook',
-           'folder_for', 'mean_buffers', 'check_files', 'CheckpointHook']
+           'mean_of', 'HostReads', 'clip_gradients', 'OptimizerHook', 'LrUpdaterHook', 'FixedLrUpdaterHook',
+           'StepLrUpdaterHook', 'ExpLrUpdaterHook', 'InvLrUpdaterHook', 'PolyLrUpdaterHook',
+           'CosineAnnealingLrUpdaterHook', 'FlatCosineAnnealingLrUpdaterHook', 'LinearAnnealingLrUpdaterHook',
+           'CosineRestartLrUpdaterHook', 'CyclicLrUpdaterHook', 'OneCycleLrUpdaterHook', 'YOLOXLrUpdaterHook',
+           'IterTimerHook', 'DistSamplerSeedHook', 'folder_for', 'mean_buffers', 'check_files', 'CheckpointHook']
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #0fc38329
 import time, warnings
@@ -132,6 +132,24 @@ def mean_of(
     values,counts = zip(*row)
     if not torch.is_tensor(values[0]): return sum(v*c for v,c in row)/sum(counts)
     return torch.stack(values).mul(torch.tensor(counts, device=values[0].device)).sum()/sum(counts)
+
+# %% ../../nbs/14_engine/04_hooks.ipynb #44fdf96e
+class HostReads:
+    "How often the host reads a tensor by `item` or `tolist`, in `n`; a context."
+    names = 'item','tolist'
+    def __enter__(self):
+        self.n,self.old = 0,{k: getattr(torch.Tensor, k) for k in self.names}
+        for k,f in self.old.items(): setattr(torch.Tensor, k, self._counting(f))
+        return self
+
+    def _counting(self, f):
+        def counted(*args):
+            self.n += 1
+            return f(*args)
+        return counted
+
+    def __exit__(self, *error):
+        for k,f in self.old.items(): setattr(torch.Tensor, k, f)
 
 # %% ../../nbs/14_engine/04_hooks.ipynb #bcb84e6e
 def clip_gradients(

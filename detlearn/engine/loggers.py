@@ -17,15 +17,18 @@ from .runner import gather_objects, get_dist_info
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #663f99c9
 def peak_memory(
-    device, # of the model
+    device, # `torch.device` of the model
 )->int:     # MB: of the accelerator, or of this process; None where it can't be known
     "The most memory that was in use."
     backend = getattr(torch, device.type, None)
-    if hasattr(backend, 'max_memory_allocated') and device.type != 'cpu': return backend.max_memory_allocated(device)//2**20
+    if device.type != 'cpu' and hasattr(backend, 'max_memory_allocated'):
+        return backend.max_memory_allocated(device)//2**20
     try: import resource
     except ImportError: return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)
+    unit = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//unit
 
+# %% ../../nbs/14_engine/06_loggers.ipynb #abdacce8
 def read_log(
     path, # of a `.log.json`
 )->list:  # one dict a line; a last line that was cut short is left out
@@ -33,7 +36,8 @@ def read_log(
     out = []
     for line in Path(path).read_text(encoding='utf-8').splitlines():
         try: out.append(json.loads(line))
-        except json.JSONDecodeError: warnings.warn(f'{path}: line {len(out)+1} is cut short and left out.')
+        except json.JSONDecodeError:
+            warnings.warn(f'{path}: line {len(out)+1} is cut short and left out.')
     return out
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #715648e4
@@ -43,7 +47,7 @@ def record(
     values:dict, # what is logged
 )->dict:         # with the zoo's keys in the zoo's order
     "One line of the log."
-    own = runner.mode == 'train'                            # an epoch that is not yet counted
+    own = runner.mode == 'train'  # an epoch that is not yet counted
     at = values.get('eval_iter_num', runner.inner_iter+1 if runner.by_epoch else runner.iter+own)
     out = dict(mode=mode, epoch=runner.epoch+own, iter=at, lr=runner.optimizer.param_groups[0]['lr'])
     memory = peak_memory(next(runner.model.parameters()).device) if mode == 'train' else None
@@ -57,8 +61,9 @@ def log_line(
     runner,     # for the length of the epoch and what is left
 )->str:         # `Epoch [1][50/7330]  lr: 1.978e-03, eta: ...`
     "A record for people."
-    numbers = {k: v for k,v in rec.items() if isinstance(v, (int, float)) and k not in ('epoch', 'iter', 'lr')}
-    text = ', '.join(f'{k}: {v}' if isinstance(v, int) else f'{k}: {v:.4f}' for k,v in numbers.items())
+    others = [(k, v) for k,v in rec.items() if k not in ('epoch', 'iter', 'lr')]
+    numbers = [(k, v) for k,v in others if isinstance(v, (int, float))]
+    text = ', '.join(f'{k}: {v}' if isinstance(v, int) else f'{k}: {v:.4f}' for k,v in numbers)
     if rec['mode'] == 'val': return f"Epoch(val) [{rec['epoch']}][{rec['iter']}]  {text}"
     left = (runner.max_iters-runner.iter-1)*rec.get('time', 0) if runner.max_iters else 0
     eta = f'{int(left//3600)}:{int(left//60)%60:02}:{int(left)%60:02}'
@@ -72,13 +77,17 @@ class LoggerHook(Hook):
     priority = 'VERY_LOW'
     def __init__(self,
         interval:int=10,        # iterations between two records
-        ignore_last:bool=True,  # nothing for the rest of an epoch, unless it would be the epoch's only record
-        reset_flag:bool=False,  # accepted
+        ignore_last:bool=True,  # no record for the rest of an epoch, unless it would be its only one
+        reset_flag:bool=False,  # accepted, not used
         by_epoch:bool=True,     # count iterations within the epoch, or over the run
         out_dir=None,           # of the files: `OUT_DIR/NAME_OF_WORK_DIR`; None: `work_dir`
-    ): self.by_epoch,self.interval,self.ignore_last,self.out_dir = by_epoch,interval,ignore_last,out_dir
+    ):
+        self.by_epoch,self.interval = by_epoch,interval
+        self.ignore_last,self.out_dir = ignore_last,out_dir
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # with `work_dir`, which may be None, and `timestamp`
+    ):
         "Where the files go; None without a folder."
         folder = folder_for(self.out_dir, runner.work_dir)
         self.folder = Path(folder) if folder and get_dist_info()[0] == 0 else None
@@ -94,19 +103,25 @@ class LoggerHook(Hook):
         if runner.mode == mode: values = mean_of_processes(values)
         if get_dist_info()[0] == 0: self.log(runner, record(runner, mode, values))
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # its `log_buffer` is read, at the interval only
+    ):
         "At the interval."
         n = runner.inner_iter if self.by_epoch else runner.iter
-        last = self.by_epoch and end_of_epoch(runner) and (not self.ignore_last or n+1 < self.interval)
         if every(n, self.interval): self.write(runner, 'train', runner.log_buffer.average(self.interval))
-        elif last: self.write(runner, 'train', runner.log_buffer.average((n+1) % self.interval))
+        elif self.by_epoch and end_of_epoch(runner) and (not self.ignore_last or n+1 < self.interval):
+            self.write(runner, 'train', runner.log_buffer.average((n+1) % self.interval))
         self.after_train_epoch(runner)
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # `log_buffer.output` holds what an evaluation found
+    ):
         "The results of an evaluation, if there was one."
         if runner.log_buffer.output: self.write(runner, 'val', runner.log_buffer.output)
 
-    def after_val_epoch(self, runner):
+    def after_val_epoch(self,
+        runner, # its `log_buffer` holds the losses of all validation images
+    ):
         "The means of a validation epoch of the runner's own."
         if runner.mode == 'val': self.write(runner, 'val', runner.log_buffer.average())
 
@@ -128,8 +143,8 @@ class TextLoggerHook(LoggerHook):
         ignore_last:bool=True,      # see `LoggerHook`
         reset_flag:bool=False,      # accepted
         interval_exp_name:int=1000, # iterations between two lines with `meta['exp_name']`
-        out_dir=None,               # see `LoggerHook`: what stands there is written at once, not copied at the end
-        out_suffix=('.log.json', '.log', '.py'), # accepted
+        out_dir=None,               # see `LoggerHook`; there is no copying at the end
+        out_suffix=('.log.json', '.log', '.py'), # accepted, not used
         keep_local:bool=True,       # accepted
         file_client_args=None,      # must be None or `dict(backend='disk')`
     ):
@@ -137,14 +152,16 @@ class TextLoggerHook(LoggerHook):
         check_files(file_client_args)
         self.interval_exp_name = interval_exp_name
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # its `meta` is the first line
+    ):
         "Begin the file with what is known about the run."
         super().before_run(runner)
         self.path = self.folder/f'{self.name}.log.json' if self.folder else None
         self.dump(dict(runner.meta or {}))
 
     def dump(self,
-        rec:dict, # anything that JSON can say; other things become their text
+        rec:dict, # anything that JSON can say; other things become their text; empty: no line
     ):
         "One line into the file, at once."
         if self.path is None or not rec: return
@@ -156,14 +173,17 @@ class TextLoggerHook(LoggerHook):
     ):
         "Both lines; now and then, whose they are."
         name = (runner.meta or {}).get('exp_name')
-        if name and rec['mode'] == 'train' and (every(runner.iter, self.interval_exp_name) or end_of_epoch(runner)): runner.say(f'Exp name: {name}')
+        due = every(runner.iter, self.interval_exp_name) or end_of_epoch(runner)
+        if name and rec['mode'] == 'train' and due: runner.say(f'Exp name: {name}')
         self.dump(rec); runner.say(log_line(rec, runner))
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #76e7abcb
 @HOOKS.register_module()
 class CSVLoggerHook(LoggerHook):
     "The records as a table, `WORK_DIR/TIMESTAMP.csv`."
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # with `work_dir`
+    ):
         "Nothing is known yet."
         super().before_run(runner); self.rows = []
 
@@ -173,9 +193,11 @@ class CSVLoggerHook(LoggerHook):
     ):
         "One row; all of them again where there is a new column."
         if not self.folder: return
-        columns,path = list(dict.fromkeys(k for r in [*self.rows, rec] for k in r)),self.folder/f'{self.name}.csv'
-        new = not self.rows or set(rec) - {k for r in self.rows for k in r}
+        known = {k for r in self.rows for k in r}
+        new = not self.rows or not known.issuperset(rec)
         self.rows.append(rec)
+        columns = list(dict.fromkeys(k for r in self.rows for k in r))
+        path = self.folder/f'{self.name}.csv'
         with open(path, 'w' if new else 'a', newline='', encoding='utf-8') as f:
             table = csv.DictWriter(f, columns)
             if new: table.writeheader()
@@ -188,27 +210,33 @@ class ProgressHook(Hook):
     priority = 'VERY_LOW'
     def __init__(self,
         interval:int=10,   # iterations between two readings of the loss
-        disable=None,      # None: no bar where the output is no terminal
-        file=None,         # default: standard error
+        disable=None,      # True: no bar; None: no bar where the output is no terminal
+        file=None,         # where the bar is drawn; None: standard error
     ): self.interval,self.disable,self.file,self.bar = interval,disable,file,None
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # its `max_iters` is the length of the bar; its `say` is led around the bar
+    ):
         "A bar for the whole run; what hooks say goes above it."
         disable = self.disable if get_dist_info()[0] == 0 else True
         self.bar = tqdm(total=runner.max_iters, initial=runner.iter, disable=disable, file=self.file,
                         unit='it', dynamic_ncols=True)
         if not self.bar.disable: runner.say,self.said = self.bar.write,runner.say
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # its `log_buffer` is read at the interval, and in the first iteration
+    ):
         "Move; at the interval, read."
         self.bar.update()
         if self.bar.disable or not (every(runner.iter, self.interval) or runner.iter == 0): return
-        now = runner.log_buffer.average(self.interval)
+        now,lr = runner.log_buffer.average(self.interval),runner.optimizer.param_groups[0]['lr']
         waiting = f"{100*now['data_time']/now['time']:.0f}%" if now.get('time') else '?'
-        lr = runner.optimizer.param_groups[0]['lr']
-        self.bar.set_postfix(epoch=runner.epoch+1, loss=f"{now['loss']:.3f}", lr=f'{lr:.2g}', data=waiting)
+        self.bar.set_postfix(epoch=runner.epoch+1, loss=f"{now['loss']:.3f}", lr=f'{lr:.2g}',
+                             data=waiting)
 
-    def close(self, runner):
+    def close(self,
+        runner, # gets its own `say` back
+    ):
         "Leave the bar as it is."
         if self.bar is None: return
         if not self.bar.disable: runner.say = self.said
@@ -219,46 +247,59 @@ def curves(
     rec:dict, # from `record`
 )->dict:      # numbers by the zoo's names: `train/loss`, `val/bbox_mAP`, `learning_rate`
     "What a browser draws of a record."
-    out = {f"{rec['mode']}/{k}": v for k,v in rec.items() if isinstance(v, (int, float)) and k not in ('epoch', 'iter', 'lr', 'memory', 'time', 'data_time')}
-    return out | ({'learning_rate': rec['lr']} if 'lr' in rec else {})
+    left_out = 'epoch','iter','lr','memory','time','data_time'
+    numbers = {k: v for k,v in rec.items() if isinstance(v, (int, float)) and k not in left_out}
+    rate = {'learning_rate': rec['lr']} if 'lr' in rec else {}
+    return {f"{rec['mode']}/{k}": v for k,v in numbers.items()} | rate
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #3057fbb8
 def find_package(
-    name:str,  # of a module
-    what:str,  # who needs it
-    install,   # what to install
-):             # the module, or None, with a warning
+    name:str,    # of a module
+    what:str,    # who needs it, for the warning
+    install:str, # what pip calls it
+)->object:       # the module, or None, with a warning
     "A package that may be there."
     try: return importlib.import_module(name)
-    except ImportError: warnings.warn(f'{what}: {install} is not installed, so nothing is written there. '
-                                      f'Run pip install {install}, or take the hook out of log_config.')
+    except ImportError:
+        warnings.warn(f'{what}: {install} is not installed, so nothing is written there. '
+                      f'Run pip install {install}, or take the hook out of log_config.')
 
+# %% ../../nbs/14_engine/06_loggers.ipynb #6fb5688e
 @HOOKS.register_module()
 class TensorboardLoggerHook(LoggerHook):
     "Curves for TensorBoard, in `WORK_DIR/tf_logs`; does nothing where it is not installed."
     def __init__(self,
-        log_dir=None, # default: `WORK_DIR/tf_logs`
+        log_dir=None, # None: `WORK_DIR/tf_logs`
         **kwargs,     # of `LoggerHook`
     ): super().__init__(**kwargs); self.log_dir,self.writer = log_dir,None
 
-    def before_run(self, runner):
-        "Open."
+    def before_run(self,
+        runner, # with `work_dir`; nothing is written without
+    ):
+        "Open, in the first process."
         super().before_run(runner)
         module = find_package('torch.utils.tensorboard', 'TensorboardLoggerHook', 'tensorboard')
-        if module and self.folder: self.writer = module.SummaryWriter(str(self.log_dir or self.folder/'tf_logs'))
+        if module and self.folder:
+            self.writer = module.SummaryWriter(str(self.log_dir or self.folder/'tf_logs'))
 
-    def log(self, runner, rec):
+    def log(self,
+        runner,   # its trained iterations are the place on the axis
+        rec:dict, # from `record`
+    ):
         "One point in each curve."
-        for k,v in curves(rec).items() if self.writer else (): self.writer.add_scalar(k, v, runner.trained)
+        if self.writer is None: return
+        for k,v in curves(rec).items(): self.writer.add_scalar(k, v, runner.trained)
 
-    def close(self, runner):
+    def close(self,
+        runner, # not used
+    ):
         "Close the file."
         if self.writer: self.writer.close()
 
-# %% ../../nbs/14_engine/06_loggers.ipynb #6fb5688e
+# %% ../../nbs/14_engine/06_loggers.ipynb #97bbc604
 @HOOKS.register_module()
 class WandbLoggerHook(LoggerHook):
-    "Curves for Weights & Biases, kept on this machine unless asked; does nothing where it is not installed."
+    "Curves for Weights & Biases, offline unless asked; does nothing where it is not installed."
     def __init__(self,
         init_kwargs=None,   # for `wandb.init`; `mode` is `'offline'` unless it is given
         commit=True,        # False: points wait for the next commit
@@ -269,40 +310,53 @@ class WandbLoggerHook(LoggerHook):
         **kwargs,           # of `LoggerHook`
     ):
         super().__init__(**kwargs)
-        self.init_kwargs,self.with_step,self.commit = dict(dict(mode='offline'), **(init_kwargs or {})),with_step,commit
-        self.log_artifact,self.suffix,self.metrics = log_artifact,out_suffix,define_metric_cfg or {}
+        self.init_kwargs = dict(mode='offline') | (init_kwargs or {})
+        self.with_step,self.commit,self.log_artifact = with_step,commit,log_artifact
+        self.suffix,self.metrics = tuple(out_suffix),define_metric_cfg or {}
         self.wandb = self.run = None
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # its `work_dir` is where an offline run is kept
+    ):
         "Begin a run of theirs; of several processes the first one does."
         super().before_run(runner)
         if get_dist_info()[0] == 0: self.wandb = find_package('wandb', type(self).__name__, 'wandb')
-        if self.wandb: self.run = self.wandb.init(dir=str(self.folder) if self.folder else None, **self.init_kwargs)
-        for name,summary in self.metrics.items() if self.run else (): self.run.define_metric(name, summary=summary)
+        if self.wandb is None: return
+        self.run = self.wandb.init(dir=str(self.folder) if self.folder else None, **self.init_kwargs)
+        for name,summary in self.metrics.items(): self.run.define_metric(name, summary=summary)
 
-    def log(self, runner, rec):
+    def log(self,
+        runner,   # its trained iterations are the place on the axis
+        rec:dict, # from `record`
+    ):
         "One point in each curve."
+        if self.run is None: return
+        at = dict(step=runner.trained) if self.with_step else {}
         values = curves(rec) if self.with_step else dict(curves(rec), global_step=runner.trained)
-        step = dict(step=runner.trained) if self.with_step else {}
-        if self.run: self.run.log(values, commit=self.commit, **step)
+        self.run.log(values, commit=self.commit, **at)
 
-    def after_run(self, runner):
+    def after_run(self,
+        runner, # not used
+    ):
         "The files."
         if not (self.run and self.log_artifact and self.folder): return
         files = self.wandb.Artifact('artifacts', type='model')
-        for f in sorted(self.folder.iterdir()): f.name.endswith(tuple(self.suffix)) and files.add_file(str(f))
+        for f in sorted(self.folder.iterdir()):
+            if f.name.endswith(self.suffix): files.add_file(str(f))
         self.run.log_artifact(files)
 
-    def close(self, runner):
+    def close(self,
+        runner, # not used
+    ):
         "End it."
         if self.run: self.run.finish()
 
 # %% ../../nbs/14_engine/06_loggers.ipynb #c1f0658f
 def draw_log(
-    path,                    # of a `.log.json`
+    path,                      # of a `.log.json`; an empty one is a `ValueError`
     keys=('loss', 'val_loss'), # what is drawn on the left, as far as it is there
-    axs=None,                # two matplotlib axes; None: new ones
-):                           # the figure
+    axs=None,                  # two matplotlib axes; None: new ones
+)->object:                     # the figure
     "Losses and times of a run, from its log."
     import matplotlib.pyplot as plt
     from detlearn.core.plot import COLOURS, GREY
@@ -314,8 +368,9 @@ def draw_log(
         if points: left.plot(*zip(*points), 'o-' if k.startswith('val') else '-', color=c, label=k)
     left.set(title='Losses', xlabel='record'); left.legend()
     timed = [r for r in rows if 'time' in r]
-    right.stackplot([r['at'] for r in timed], [[1000*r.get('data_time', 0) for r in timed],
-                    [1000*(r['time']-r.get('data_time', 0)) for r in timed]], colors=[COLOURS[0], GREY],
+    waiting = [1000*r.get('data_time', 0) for r in timed]
+    computing = [1000*r['time']-w for r,w in zip(timed, waiting)]
+    right.stackplot([r['at'] for r in timed], waiting, computing, colors=[COLOURS[0], GREY],
                     labels=['waiting for data', 'computing'])
     right.set(title='Milliseconds an iteration', xlabel='record')
     right.legend(loc='upper center', ncols=2, bbox_to_anchor=(.5, -.28))

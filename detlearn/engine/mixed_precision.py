@@ -17,23 +17,24 @@ def make_scaler(
     loss_scale,   # number: fixed; `'dynamic'`; or a dict, e.g. `dict(init_scale=512., mode='dynamic')`
     device:str,   # kind of device, e.g. `'cuda'`
     enabled=True, # False: a scaler that does nothing
-):                # `torch.amp.GradScaler`
+)->object:        # `torch.amp.GradScaler`
     "The scaler that a config of the zoo asks for."
-    if isinstance(loss_scale, dict):
-        kw = {k: v for k,v in loss_scale.items() if k != 'mode'}
-        return torch.amp.GradScaler(device, enabled=enabled, **kw)
-    if loss_scale == 'dynamic': return torch.amp.GradScaler(device, enabled=enabled)
-    if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
-        return torch.amp.GradScaler(device, float(loss_scale), growth_interval=2**31-1, backoff_factor=1-1e-7, enabled=enabled)
-    raise ValueError(f"loss_scale={loss_scale!r}: choose a number such as 512., 'dynamic', or a dict for GradScaler.")
+    if loss_scale == 'dynamic': kw = {}
+    elif isinstance(loss_scale, dict): kw = {k: v for k,v in loss_scale.items() if k != 'mode'}
+    elif isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+        kw = dict(init_scale=float(loss_scale), growth_interval=2**31-1, backoff_factor=1-1e-7)
+    else:
+        raise ValueError(f"loss_scale={loss_scale!r}: choose a number such as 512., 'dynamic', "
+                         'or a dict for GradScaler.')
+    return torch.amp.GradScaler(device, enabled=enabled, **kw)
 
 # %% ../../nbs/14_engine/11_mixed_precision.ipynb #c68112bd
 def scaled_step(
     runner,         # with scaled gradients
     scaler,         # from `make_scaler`
-    grad_clip:dict, # see `OptimizerHook`
-    detect=False,   # see `clip_gradients`
-)->bool:            # see `clip_gradients`
+    grad_clip:dict, # `dict(max_norm=35, norm_type=2)`, of the true gradients; None: no clipping
+    detect=False,   # warn about parameters that the loss does not depend on
+)->bool:            # False: `detect` has found some
     "Unscale first, then clip, then step, unless something is infinite."
     scaler.unscale_(runner.optimizer)
     quiet = clip_gradients(runner, grad_clip, detect)
@@ -46,36 +47,47 @@ class Fp16OptimizerHook(OptimizerHook):
     "Losses in 16 bits, gradients scaled, weights in 32 bits."
     def __init__(self,
         grad_clip:dict=None,     # see `OptimizerHook`
-        coalesce:bool=True,      # accepted
-        bucket_size_mb:int=-1,   # accepted
+        coalesce:bool=True,      # accepted, not used
+        bucket_size_mb:int=-1,   # accepted, not used
         loss_scale=512.,         # see `make_scaler`; not used for `bfloat16`
-        distributed:bool=True,   # accepted
+        distributed:bool=True,   # accepted, not used
         dtype:str='float16',     # or `'bfloat16'`
         detect_anomalous_params=False, # see `OptimizerHook`
     ):
         super().__init__(grad_clip, detect_anomalous_params)
-        if dtype not in ('float16', 'bfloat16'): raise ValueError(f"dtype={dtype!r}: choose 'float16' or 'bfloat16'.")
-        self.dtype,self.loss_scale,self.scaler,self.kept = getattr(torch, dtype), loss_scale, None, None
+        if dtype not in ('float16', 'bfloat16'):
+            raise ValueError(f"dtype={dtype!r}: choose 'float16' or 'bfloat16'.")
+        self.dtype,self.loss_scale,self.scaler = getattr(torch, dtype),loss_scale,None
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # its `precision` becomes autocast on the device of its model
+    ):
         "Turn on autocast for the losses."
-        kind = next(runner.model.parameters()).device.type
+        kind,scaled = next(runner.model.parameters()).device.type,self.dtype == torch.float16
         runner.precision = partial(torch.autocast, kind, self.dtype)
-        if self.scaler is None: self.scaler = make_scaler(self.loss_scale, kind, self.dtype == torch.float16)
+        if self.scaler is None: self.scaler = make_scaler(self.loss_scale, kind, scaled)
 
-    def backward(self, runner, loss):
+    def backward(self,
+        runner, # not used
+        loss,   # 0-d tensor
+    ):
         "Add to the scaled gradients."
         self.scaler.scale(loss).backward()
 
-    def update(self, runner):
+    def update(self,
+        runner, # with scaled gradients
+    ):
         "Unscale, clip, step unless something is infinite."
         self.detect = scaled_step(runner, self.scaler, self.grad_clip, self.detect) and self.detect
 
-    def state_dict(self):
+    def state_dict(self)->dict: # of the scaler; empty before the run, and for `bfloat16`
         "The scale, and how long it has held."
         return self.scaler.state_dict() if self.scaler else {}
 
-    def load_state_dict(self, state, runner):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+        runner,     # after its `before_run`
+    ):
         "Go on with that scale."
         self.scaler.load_state_dict(state)
 

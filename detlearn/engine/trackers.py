@@ -18,18 +18,24 @@ class Tracker(LoggerHook):
     "Hands records to a package, if it is there; subclasses define `open`, `send` and `end`."
     package = install = ''                # module, and what pip calls it
     there = at = None                     # the module, and what `open` gave
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # about to train
+    ):
         "Open, in the first process."
         super().before_run(runner)
-        if get_dist_info()[0] == 0: self.there = find_package(self.package, type(self).__name__, self.install or self.package)
+        if get_dist_info()[0] > 0: return
+        self.there = find_package(self.package, type(self).__name__, self.install or self.package)
         if self.there: self.at = self.open(runner)
 
     def open(self,
         runner, # at `before_run`
-    ):          # whatever `send` and `end` need
+    )->object:  # whatever `send` and `end` need; it becomes `self.at`
         "Begin a run of theirs."
 
-    def log(self, runner, rec):
+    def log(self,
+        runner,   # its trained iterations are the place on the axis
+        rec:dict, # from `record`
+    ):
         "Send the curves of a record."
         if self.there: self.send(curves(rec), runner.trained, runner)
 
@@ -40,7 +46,9 @@ class Tracker(LoggerHook):
     ):
         "One point in each curve."
 
-    def close(self, runner):
+    def close(self,
+        runner, # whose run has ended, perhaps by an error
+    ):
         "End it, also after an error."
         if self.there: self.end(runner)
 
@@ -56,26 +64,37 @@ class MlflowLoggerHook(Tracker):
     package = 'mlflow'
     def __init__(self,
         exp_name=None,       # experiment; None: theirs
-        tags:dict=None,      # of the run
-        params:dict=None,    # of the run
+        tags:dict=None,      # of the run; None: none
+        params:dict=None,    # of the run; None: none
         log_model:bool=True, # store the trained model, too
         **kwargs,            # of `LoggerHook`
-    ): super().__init__(**kwargs); self.exp_name,self.tags,self.params,self.log_model = exp_name,tags,params,log_model
+    ):
+        super().__init__(**kwargs)
+        self.exp_name,self.tags,self.params,self.log_model = exp_name,tags,params,log_model
 
-    def open(self, runner):
+    def open(self,
+        runner, # not used
+    ):
         "Name the run."
         if self.exp_name is not None: self.there.set_experiment(self.exp_name)
         if self.tags is not None: self.there.set_tags(self.tags)
         if self.params is not None: self.there.log_params(self.params)
 
-    def send(self, values, step, runner):
+    def send(self,
+        values:dict, # numbers by name
+        step:int,    # iterations done
+        runner,      # not used
+    ):
         "All at once."
         self.there.log_metrics(values, step=step)
 
-    def after_run(self, runner):
+    def after_run(self,
+        runner, # whose model is stored
+    ):
         "The model."
-        if self.there and self.log_model:
-            importlib.import_module('mlflow.pytorch').log_model(getattr(runner.model, 'module', runner.model), 'models')
+        if not (self.there and self.log_model): return
+        model = getattr(runner.model, 'module', runner.model)
+        importlib.import_module('mlflow.pytorch').log_model(model, 'models')
 
 # %% ../../nbs/14_engine/06a_trackers.ipynb #56e2f88f
 @HOOKS.register_module()
@@ -83,15 +102,21 @@ class ClearMLLoggerHook(Tracker):
     "ClearML: `Task.init(**init_kwargs)`, `report_scalar`."
     package = 'clearml'
     def __init__(self,
-        init_kwargs:dict=None, # for `Task.init`
+        init_kwargs:dict=None, # for `Task.init`; None: nothing
         **kwargs,              # of `LoggerHook`
     ): super().__init__(**kwargs); self.init_kwargs = init_kwargs or {}
 
-    def open(self, runner):
+    def open(self,
+        runner,     # not used
+    )->object:      # their logger
         "The logger of a new task."
         return self.there.Task.init(**self.init_kwargs).get_logger()
 
-    def send(self, values, step, runner):
+    def send(self,
+        values:dict, # numbers by name
+        step:int,    # iterations done
+        runner,      # not used
+    ):
         "One by one."
         for k,v in values.items(): self.at.report_scalar(k, k, v, step)
 
@@ -101,21 +126,32 @@ class NeptuneLoggerHook(Tracker):
     "Neptune: `init_run(**init_kwargs)`, `run[name].append(value)`."
     package = 'neptune'
     def __init__(self,
-        init_kwargs:dict=None, # for `neptune.init_run`
+        init_kwargs:dict=None, # for `neptune.init_run`; None: nothing
         with_step:bool=True,   # number the points by iteration
-        reset_flag:bool=True,  # accepted
+        reset_flag:bool=True,  # accepted, not used
         **kwargs,              # of `LoggerHook`
-    ): super().__init__(reset_flag=reset_flag, **kwargs); self.init_kwargs,self.with_step = init_kwargs or {},with_step
+    ):
+        super().__init__(reset_flag=reset_flag, **kwargs)
+        self.init_kwargs,self.with_step = init_kwargs or {},with_step
 
-    def open(self, runner):
+    def open(self,
+        runner,     # not used
+    )->object:      # their run
         "A new run."
         return self.there.init_run(**self.init_kwargs)
 
-    def send(self, values, step, runner):
+    def send(self,
+        values:dict, # numbers by name
+        step:int,    # iterations done
+        runner,      # not used
+    ):
         "One by one."
-        for k,v in values.items(): self.at[k].append(v, **(dict(step=step) if self.with_step else {}))
+        at = dict(step=step) if self.with_step else {}
+        for k,v in values.items(): self.at[k].append(v, **at)
 
-    def end(self, runner):
+    def end(self,
+        runner, # not used
+    ):
         "Send the rest."
         self.at.stop()
 
@@ -125,33 +161,44 @@ class DvcliveLoggerHook(Tracker):
     "DVCLive: `Live(**kwargs)`, `log_metric`."
     package = 'dvclive'
     def __init__(self,
-        model_file=None,        # the weights are written there after each epoch
+        model_file=None,        # the weights are written there after each epoch; None: nowhere
         interval:int=10,        # see `LoggerHook`
         ignore_last:bool=True,  # see `LoggerHook`
-        reset_flag:bool=False,  # accepted
+        reset_flag:bool=False,  # accepted, not used
         by_epoch:bool=True,     # see `LoggerHook`
-        dvclive=None,           # a `Live` that is already there
+        dvclive=None,           # a `Live` that is already there; None: a new one
         **kwargs,               # for a new `Live`
     ):
         super().__init__(interval, ignore_last, reset_flag, by_epoch)
         self.model_file,self.live,self.kwargs = model_file,dvclive,kwargs
 
-    def open(self, runner):
+    def open(self,
+        runner,     # not used
+    )->object:      # a `Live`
         "Theirs, or a new one."
         return self.live or self.there.Live(**self.kwargs)
 
-    def send(self, values, step, runner):
+    def send(self,
+        values:dict, # numbers by name
+        step:int,    # iterations done
+        runner,      # not used
+    ):
         "One by one."
         self.at.step = step
         for k,v in values.items(): self.at.log_metric(k, v)
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # that writes the weights
+    ):
         "The weights; collected in all processes, written by the first."
         super().after_train_epoch(runner)
         if self.model_file is None: return
-        file = Path(self.model_file); runner.save_checkpoint(file.parent, file.name, create_symlink=False)
+        file = Path(self.model_file)
+        runner.save_checkpoint(file.parent, file.name, create_symlink=False)
 
-    def end(self, runner):
+    def end(self,
+        runner, # not used
+    ):
         "Write the summary."
         self.at.end()
 
@@ -160,7 +207,11 @@ class DvcliveLoggerHook(Tracker):
 class SegmindLoggerHook(Tracker):
     "Segmind: `segmind.tracking.fluent.log_metrics`, by epoch."
     package,install = 'segmind.tracking.fluent','segmind'
-    def send(self, values, step, runner):
+    def send(self,
+        values:dict, # numbers by name
+        step:int,    # not used: they count epochs
+        runner,      # with the number of the epoch
+    ):
         "All at once."
         self.there.log_metrics(values, step=runner.epoch, epoch=runner.epoch)
 
@@ -170,24 +221,36 @@ class PaviLoggerHook(Tracker):
     "Pavi: `SummaryWriter(**init_kwargs)`, `add_scalars`."
     package = 'pavi'
     def __init__(self,
-        init_kwargs:dict=None,      # for `SummaryWriter`; `name` is that of the work directory
-        add_graph:bool=None,        # accepted
-        img_key=None,               # accepted
+        init_kwargs:dict=None,      # for `SummaryWriter`; its `name` is that of the work directory
+        add_graph:bool=None,        # accepted, not used
+        img_key=None,               # accepted, not used
         add_last_ckpt:bool=False,   # hand the last checkpoint over
-        add_graph_kwargs:dict=None, # accepted
-        add_ckpt_kwargs:dict=None,  # accepted
+        add_graph_kwargs:dict=None, # accepted, not used
+        add_ckpt_kwargs:dict=None,  # accepted, not used
         **kwargs,                   # of `LoggerHook`
     ): super().__init__(**kwargs); self.init_kwargs,self.add_last_ckpt = init_kwargs or {},add_last_ckpt
 
-    def open(self, runner):
+    def open(self,
+        runner,     # its `work_dir` gives the name
+    )->object:      # their writer
         "A new sheet."
-        return self.there.SummaryWriter(**dict(dict(name=Path(runner.work_dir or 'run').name), **self.init_kwargs))
+        name = Path(runner.work_dir or 'run').name
+        return self.there.SummaryWriter(**dict(name=name) | self.init_kwargs)
 
-    def send(self, values, step, runner):
+    def send(self,
+        values:dict, # numbers by name
+        step:int,    # iterations done
+        runner,      # its `mode` is the name of the sheet
+    ):
         "All at once."
         self.at.add_scalars(runner.mode, values, step)
 
-    def after_run(self, runner):
+    def after_run(self,
+        runner, # with `work_dir`
+    ):
         "The last checkpoint, where `latest.pth` points."
-        last = Path(runner.work_dir or '.')/'latest.pth'
-        if self.there and self.add_last_ckpt and last.exists(): self.at.add_snapshot_file(tag=Path(runner.work_dir).name, snapshot_file_path=str(last.resolve()), iteration=runner.iter)
+        folder = Path(runner.work_dir or '.')
+        last = folder/'latest.pth'
+        if self.there and self.add_last_ckpt and last.exists():
+            self.at.add_snapshot_file(tag=folder.name, snapshot_file_path=str(last.resolve()),
+                                      iteration=runner.iter)
