@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Culprit', 'tensors_in', 'first_bad', 'Trace', 'watch_module', 'trace_step', 'save_bundle', 'replay_bundle',
-           'NaNTracerHook', 'Checksums', 'checksum', 'run_twice', 'check_determinism']
+           'NaNTracerHook', 'verdict', 'Checksums', 'checksum', 'run_twice', 'check_determinism']
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #e578d26c
 import copy, warnings, zlib
@@ -32,23 +32,25 @@ class Culprit:
     size:int   # of how many
 
     def __str__(self):
-        return f'first not finite: {self.what} of {self.module} ({self.kind}), {self.bad} of {self.size} numbers.'
+        where = f'{self.what} of {self.module} ({self.kind})'
+        return f'first not finite: {where}, {self.bad} of {self.size} numbers.'
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #c25cf0d6
 def tensors_in(
     x,      # anything
-)->list:    # floating tensors in it
+)->list:    # floating tensors in it, in order; none in an object of another kind
     "All tensors of a nest of lists and dicts."
     if torch.is_tensor(x): return [x] if x.is_floating_point() else []
     if isinstance(x, dict): x = list(x.values())
     return [t for part in x for t in tensors_in(part)] if isinstance(x, (list, tuple)) else []
 
 def first_bad(
-    x, # anything
-):     # `(bad, size)` of the first tensor that is not finite, or None
+    x,      # anything
+)->tuple:   # `(bad, size)`: numbers of the first tensor that is not finite; None where all are
     "Count what is not finite."
     for t in tensors_in(x):
         if not t.isfinite().all(): return int((~t.isfinite()).sum()),t.numel()
+    return None
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #c7c60cd6
 class Trace:
@@ -78,10 +80,10 @@ class Trace:
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #f632d57a
 def watch_module(
-    trace,  # `Trace`
+    trace,    # `Trace`
     name:str, # of the module
-    module, # a leaf
-)->list:    # handles
+    module,   # a leaf
+)->list:      # two handles, by which the watching ends
     "Look at weights, inputs, outputs and gradients of one module."
     def forward(m, args, out):
         own = m.named_parameters(recurse=False)
@@ -93,10 +95,10 @@ def watch_module(
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #65414bc2
 def trace_step(
-    model,   # gives losses for `(images, gt)`
+    model,   # gives losses for `(images, gt)`; not wrapped
     batch,   # `Batch` on its device
     precision=nullcontext, # what the losses are computed in, as in the runner
-):           # `Culprit`, or None
+)->Culprit:  # or None: all numbers are finite
     "One forward and backward pass under watch; gradients are thrown away."
     kept = [p.grad for p in model.parameters()]
     with Trace(model) as trace, warnings.catch_warnings():
@@ -113,15 +115,16 @@ def trace_step(
 def save_bundle(
     path,   # of the file
     runner, # with a batch
-    rng,    # random numbers before its forward pass
-)->Path:
+    rng,    # random numbers before its forward pass, from `capture_rng`
+)->Path:    # of the file
     "All that is needed to run this step again."
     b = runner.batch
     gt = {k: v for k,v in vars(b.gt).items() if torch.is_tensor(v)}
-    dtype = next((str(a).removeprefix('torch.') for a in getattr(runner.precision, 'args', ()) if isinstance(a, torch.dtype)), None)
-    at = dict(iter=runner.iter+1, lr=runner.optimizer.param_groups[0]['lr'], metas=b.metas, autocast=dtype)
-    with atomic_write(path) as temp:
-        torch.save(plain(dict(at, weights=weights_of(runner.model), images=b.images, gt=gt, rng=rng)), temp)
+    dtypes = [a for a in getattr(runner.precision, 'args', ()) if isinstance(a, torch.dtype)]
+    autocast = str(dtypes[0]).removeprefix('torch.') if dtypes else None
+    at = dict(iter=runner.iter+1, lr=runner.optimizer.param_groups[0]['lr'], autocast=autocast)
+    step = dict(at, weights=weights_of(runner.model), images=b.images, gt=gt, metas=b.metas, rng=rng)
+    with atomic_write(path) as temp: torch.save(plain(step), temp)
     return Path(path)
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #3fe0bea9
@@ -135,7 +138,8 @@ def replay_bundle(
     model.load_state_dict(state['weights'])
     batch = Batch(state['images'], GroundTruth(**state['gt']), state['metas'])
     device = next(model.parameters()).device
-    precision = partial(torch.autocast, device.type, getattr(torch, state['autocast'])) if state.get('autocast') else nullcontext
+    dtype,precision = state.get('autocast'),nullcontext
+    if dtype: precision = partial(torch.autocast, device.type, getattr(torch, dtype))
     restore_rng(state['rng'])
     return trace_step(model.train(), batch.to(device), precision),batch,state
 
@@ -143,31 +147,48 @@ def replay_bundle(
 @HOOKS.register_module()
 class NaNTracerHook(Hook):
     "Stop at the first loss that is not finite, say which module made it, and keep the step in a file."
-    priority = 'HIGH'                                           # before the optimizer
+    priority = 'HIGH'  # before the optimizer
     def __init__(self,
-        out_dir=None, # of the bundle; default: `work_dir`
+        out_dir=None, # of the bundle; None: `work_dir`
     ): self.out_dir = out_dir
 
-    def before_train_iter(self, runner):
+    def before_train_iter(self,
+        runner, # not used
+    ):
         "Note the random numbers."
         self.rng = capture_rng()
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # with `outputs['loss']`; the gradients of its last step are still there
+    ):
         "Look; of several processes all run the step again, since their losses share normalisers."
         bad,(rank,world) = not runner.outputs['loss'].isfinite(),get_dist_info()
         if not anybody(bad): return
         name = f'nan_iter_{runner.iter+1}{f"_process_{rank}" if world > 1 else ""}.pth'
         if bad: path = save_bundle(Path(self.out_dir or runner.work_dir)/name, runner, self.rng)
         restore_rng(self.rng)
-        alone = copy.deepcopy(runner.model.module) if hasattr(runner.model, 'module') else runner.model   # its gradients are nobody else's
-        culprit = trace_step(alone, runner.batch, runner.precision)
-        if not bad: raise FloatingPointError(f'the loss of iteration {runner.iter+1} is not finite in another process: see its message.')
-        names = ', '.join(str(m.get('filename', '?')) for m in runner.batch.metas or []) or 'unknown'
-        lr,norm = runner.optimizer.param_groups[0]['lr'],runner.log_buffer.average(1).get('grad_norm')
-        raise FloatingPointError(f'the loss of iteration {runner.iter+1} is not finite. '
-                                 f'{culprit or "Run again, it is finite: the cause is random."} '
-                                 f'Images {names}; learning rate {lr:.3g}, gradient norm of the step before '
-                                 f'{"unknown" if norm is None else f"{norm:.3g}"}. To see it again: replay_bundle("{path}", model).')
+        model = runner.model
+        if hasattr(model, 'module'): model = copy.deepcopy(model.module)  # with gradients of its own
+        culprit = trace_step(model, runner.batch, runner.precision)
+        if not bad:
+            raise FloatingPointError(f'the loss of iteration {runner.iter+1} is not finite in another '
+                                     'process: see its message.')
+        raise FloatingPointError(verdict(runner, culprit, path))
+
+# %% ../../nbs/14_engine/16_diagnosis.ipynb #c5a6b8fb
+def verdict(
+    runner,  # at a step that went wrong
+    culprit, # from `trace_step`, or None: the second time all was well
+    path,    # of the bundle
+)->str:      # iteration, culprit, images, rate, gradient norm, and how to see it again
+    "What is known about a step that went wrong, for the error."
+    names = ', '.join(str(m.get('filename', '?')) for m in runner.batch.metas or []) or 'unknown'
+    lr,norm = runner.optimizer.param_groups[0]['lr'],runner.log_buffer.average(1).get('grad_norm')
+    return (f'the loss of iteration {runner.iter+1} is not finite. '
+            f'{culprit or "Run again, it is finite: the cause is random."} '
+            f'Images {names}; learning rate {lr:.3g}, gradient norm of the step before '
+            f'{"unknown" if norm is None else f"{norm:.3g}"}. '
+            f'To see it again: replay_bundle("{path}", model).')
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #8f603807
 class Checksums(TorchDispatchMode):
@@ -193,8 +214,8 @@ class Checksums(TorchDispatchMode):
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #a31d37ca
 def checksum(
-    t, # tensor
-)->int:
+    t, # tensor of any kind
+)->int: # the same for the same bits
     "Equal for equal bits."
     return zlib.crc32(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
@@ -221,11 +242,13 @@ def check_determinism(
     make,        # `make()` gives a fresh model and its optimizer
     batches,     # list of `Batch`; five are enough
     seed:int=0,  # set before each of the two runs
-)->str:          # a sentence
+)->str:          # all are equal; or where the runs differ first: operation, module, step
     "The first operation whose result differs."
     a,b = run_twice(make, batches, seed)
     for i,(x,y) in enumerate(zip(a, b)):
         if x == y: continue
         where = f'operation {i} of {len(a)}, {x[1]} in {x[2]}, step {x[0]}'
-        return f'differs first at {where}' if x[1:3] == y[1:3] else f'takes another way from {where}: then {y[1]} in {y[2]}'
-    return f'{len(a)} operations in {len(batches)} steps are equal' if len(a) == len(b) else 'one run is longer'
+        if x[1:3] == y[1:3]: return f'differs first at {where}'
+        return f'takes another way from {where}: then {y[1]} in {y[2]}'
+    if len(a) != len(b): return 'one run is longer'
+    return f'{len(a)} operations in {len(batches)} steps are equal'

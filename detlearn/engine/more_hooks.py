@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SetEpochInfoHook', 'ClosureHook', 'empty_cache', 'EmptyCacheHook', 'MemoryProfilerHook', 'random_size', 'find_with',
-           'fresh_workers', 'SyncRandomSizeHook', 'YOLOXModeSwitchHook', 'SyncNormHook', 'trace_handler',
+           'fresh_workers', 'SyncRandomSizeHook', 'YOLOXModeSwitchHook', 'SyncNormHook', 'trace_handler', 'watched',
            'ProfilerHook']
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #315f9ea1
 import random
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from ..core.registry import HOOKS
@@ -21,7 +22,9 @@ from .runner import gather_objects
 @HOOKS.register_module()
 class SetEpochInfoHook(Hook):
     "Tell the model the number of the epoch, if it wants to know."
-    def before_train_epoch(self, runner):
+    def before_train_epoch(self,
+        runner, # its model may have `set_epoch`, wrapped or not
+    ):
         "`model.set_epoch(epoch)`."
         model = getattr(runner.model, 'module', runner.model)
         if hasattr(model, 'set_epoch'): model.set_epoch(runner.epoch)
@@ -31,10 +34,11 @@ class SetEpochInfoHook(Hook):
 class ClosureHook(Hook):
     "Any function at any point."
     def __init__(self,
-        fn_name:str, # a point, such as `'after_train_epoch'`
+        fn_name:str, # a point, such as `'after_train_epoch'`; see `POINTS`
         fn,          # `f(runner)`
     ):
-        if fn_name not in POINTS: raise ValueError(f'fn_name={fn_name!r} is no point: choose from {", ".join(POINTS)}.')
+        if fn_name not in POINTS:
+            raise ValueError(f'fn_name={fn_name!r} is no point: choose from {", ".join(POINTS)}.')
         setattr(self, fn_name, fn)
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #712acde7
@@ -53,15 +57,21 @@ class EmptyCacheHook(Hook):
         after_iter:bool=False,   # after each iteration: slow
     ): self.when = dict(before_epoch=before_epoch, after_epoch=after_epoch, after_iter=after_iter)
 
-    def before_epoch(self, runner):
+    def before_epoch(self,
+        runner, # not used
+    ):
         "If asked."
         if self.when['before_epoch']: empty_cache()
 
-    def after_epoch(self, runner):
+    def after_epoch(self,
+        runner, # not used
+    ):
         "If asked."
         if self.when['after_epoch']: empty_cache()
 
-    def after_iter(self, runner):
+    def after_iter(self,
+        runner, # not used
+    ):
         "If asked."
         if self.when['after_iter']: empty_cache()
 
@@ -70,24 +80,29 @@ class EmptyCacheHook(Hook):
 class MemoryProfilerHook(Hook):
     "Say how much memory the machine and this process use; `psutil` must be installed."
     def __init__(self,
-        interval:int=50, # iterations
+        interval:int=50, # iterations between two lines
     ):
         try: import psutil
-        except ImportError: raise ImportError('MemoryProfilerHook needs psutil: pip install psutil.') from None
+        except ImportError:
+            raise ImportError('MemoryProfilerHook needs psutil: pip install psutil.') from None
         self.interval,self.psutil = interval,psutil
 
-    def after_iter(self, runner):
-        "One line."
+    def after_iter(self,
+        runner, # says the line
+    ):
+        "One line, in MB."
         if not every(runner.iter, self.interval): return
-        mb,all_,own = 2**20,self.psutil.virtual_memory(),self.psutil.Process().memory_info().rss
-        children = sum(c.memory_info().rss for c in self.psutil.Process().children(recursive=True))
-        runner.say(f'memory: available {all_.available//mb} of {all_.total//mb} MB, this process {own//mb} MB, its workers '
-                   f'{children//mb} MB, most so far {peak_memory(torch.device("cpu"))} MB')
+        machine,process,mb = self.psutil.virtual_memory(),self.psutil.Process(),2**20
+        own = process.memory_info().rss//mb
+        workers = sum(c.memory_info().rss for c in process.children(recursive=True))//mb
+        runner.say(f'memory: available {machine.available//mb} of {machine.total//mb} MB, this process '
+                   f'{own} MB, its workers {workers} MB, '
+                   f'most so far {peak_memory(torch.device("cpu"))} MB')
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #26af1951
 def random_size(
-    ratio_range, # in units of 32 pixels
-    img_scale,   # `(width, height)`
+    ratio_range, # smallest and largest width, in units of 32 pixels, both included
+    img_scale,   # `(width, height)`; only its shape counts
 )->tuple:        # `(height, width)`, multiples of 32
     "A width in the range, and the height of that shape."
     n = random.randint(*ratio_range)
@@ -95,9 +110,9 @@ def random_size(
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #e06ba25a
 def find_with(
-    loader,   # whose data set may be wrapped
+    loader,   # whose data set may be wrapped, any number of times
     name:str, # of an attribute
-):            # the first data set that has it, or None
+)->object:    # the first data set that has it, or None
     "Look behind a loader."
     data = getattr(loader, 'dataset', None)
     while data is not None and not hasattr(data, name): data = getattr(data, 'dataset', None)
@@ -117,10 +132,12 @@ class SyncRandomSizeHook(Hook):
         ratio_range=(14, 26),  # width, in units of 32 pixels, both ends included
         img_scale=(640, 640),  # `(width, height)`; only its shape counts
         interval:int=1,        # draw every so many epochs
-        device:str='cuda',     # accepted
+        device:str='cuda',     # accepted, not used
     ): self.ratio_range,self.img_scale,self.interval = ratio_range,img_scale,interval
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # gets `input_size`; so does its data set (`dynamic_scale`) or its model (`_input_size`)
+    ):
         "Draw for the next epoch."
         if self.ratio_range is None or (runner.epoch+1) % self.interval: return
         runner.input_size = gather_objects(random_size(self.ratio_range, self.img_scale))[0]
@@ -133,15 +150,17 @@ class SyncRandomSizeHook(Hook):
 class YOLOXModeSwitchHook(Hook):
     "In the last epochs: skip some steps of the pipeline, and use the L1 loss."
     def __init__(self,
-        num_last_epochs:int=15, # from there on
+        num_last_epochs:int=15, # from this many before the end
         skip_type_keys=('Mosaic', 'RandomAffine', 'MixUp'), # names of steps
     ): self.n,self.skip = num_last_epochs,skip_type_keys
 
-    def before_train_epoch(self, runner):
+    def before_train_epoch(self,
+        runner, # its data set has `update_skip_type_keys`, the head of its model `use_l1`, or not
+    ):
         "Switch; also a run that is taken up again behind that point."
         if runner.epoch < runner.max_epochs - self.n: return
-        data,model = find_with(runner.data_loader, 'update_skip_type_keys'),getattr(runner.model, 'module', runner.model)
-        head = getattr(model, 'bbox_head', None)
+        data = find_with(runner.data_loader, 'update_skip_type_keys')
+        head = getattr(getattr(runner.model, 'module', runner.model), 'bbox_head', None)
         if getattr(head, 'use_l1', False): return
         if data is not None: data.update_skip_type_keys(self.skip); fresh_workers(runner.data_loader)
         if head is not None: head.use_l1 = True
@@ -152,30 +171,48 @@ class YOLOXModeSwitchHook(Hook):
 class SyncNormHook(Hook):
     "In the last epochs: equal statistics of norms in all processes, the mean over them."
     def __init__(self,
-        num_last_epochs:int=15, # from there on, each epoch
+        num_last_epochs:int=15, # from this many before the end, each epoch
         interval:int=1,         # before that, every so many epochs
     ): self.n,self.interval = num_last_epochs,interval
 
-    def before_train_epoch(self, runner):
+    def before_train_epoch(self,
+        runner, # with `max_epochs`
+    ):
         "The last epochs count one by one."
         if runner.epoch == runner.max_epochs - self.n: self.interval = 1
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # whose model is changed
+    ):
         "The mean."
         if every(runner.epoch, self.interval): share_norms(runner.model, average=True)
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #0b80976c
 def trace_handler(
-    ready, # `f(profile)`; `dict(type='log_trace', sort_by=, row_limit=)`; `dict(type='tb_trace', dir_name=)`; None: a table
-    runner,# says the table
-):         # `f(profile)`
+    ready,    # `f(profile)`; `dict(type='log_trace')` or `'tb_trace'`, with its settings; None: a table
+    runner,   # says the table
+)->Callable:  # `f(profile)`
     "Who is told what a profile has found."
     if callable(ready): return ready
-    cfg = dict(dict(type='log_trace', sort_by='cpu_time_total', row_limit=8), **(ready or {})); kind = cfg.pop('type')
+    cfg = dict(type='log_trace', sort_by='cpu_time_total', row_limit=8) | (ready or {})
+    kind = cfg.pop('type')
     if kind == 'log_trace': return lambda p: runner.say(p.key_averages().table(**cfg))
-    if kind != 'tb_trace': raise ValueError(f"on_trace_ready has type={kind!r}: choose 'log_trace' or 'tb_trace', or give a function.")
-    rest = {k: v for k,v in cfg.items() if k not in ('sort_by', 'row_limit', 'dir_name')}
-    return torch.profiler.tensorboard_trace_handler(str(cfg.get('dir_name') or Path(runner.work_dir or '.')/'tf_tracing_logs'), **rest)
+    if kind != 'tb_trace':
+        raise ValueError(f"on_trace_ready has type={kind!r}: choose 'log_trace' or 'tb_trace', "
+                         'or give a function.')
+    for k in ('sort_by', 'row_limit'): cfg.pop(k)
+    folder = cfg.pop('dir_name', None) or Path(runner.work_dir or '.')/'tf_tracing_logs'
+    return torch.profiler.tensorboard_trace_handler(str(folder), **cfg)
+
+def watched(
+    activities, # `'cpu'`, `'cuda'`
+)->list:        # of `torch.profiler.ProfilerActivity`; `'cuda'` is left out where there is none
+    "What a profile watches."
+    kinds = [a.upper() for a in activities if a != 'cuda' or torch.cuda.is_available()]
+    for k in kinds:
+        if not hasattr(torch.profiler.ProfilerActivity, k):
+            raise ValueError(f"ProfilerHook: activities has {k.lower()!r}: choose 'cpu', 'cuda'.")
+    return [getattr(torch.profiler.ProfilerActivity, k) for k in kinds]
 
 # %% ../../nbs/14_engine/14_more_hooks.ipynb #731fa9bd
 @HOOKS.register_module()
@@ -183,29 +220,32 @@ class ProfilerHook(Hook):
     "torch's profiler for the first iterations (or epochs) of a run."
     def __init__(self,
         by_epoch:bool=True,       # count epochs or iterations
-        profile_iters:int=1,      # how many
+        profile_iters:int=1,      # how many, from the first on
         activities=('cpu', 'cuda'), # what is watched; `'cuda'` where there is one
-        schedule=None,            # dict for `torch.profiler.schedule`: `wait`, `warmup`, `active`, `repeat`
-        on_trace_ready=None,      # `f(profile)`, or a dict, see `trace_handler`; None: a table
-        record_shapes=False,      # of the profiler
-        profile_memory=False,     # of the profiler
-        with_stack=False,         # of the profiler
-        with_flops=False,         # of the profiler
-        json_trace_path=None,     # a file for a trace viewer
+        schedule=None,            # dict for `torch.profiler.schedule`: `wait`, `warmup`, `active`, ...
+        on_trace_ready=None,      # who is told, see `trace_handler`; None: a table of eight rows
+        record_shapes=False,      # of the profiler: shapes of the arguments
+        profile_memory=False,     # of the profiler: memory, too
+        with_stack=False,         # of the profiler: file and line
+        with_flops=False,         # of the profiler: estimates of operations
+        json_trace_path=None,     # a file for a trace viewer; None: no file
     ):
-        self.by_epoch,self.n,self.ready,self.path = by_epoch,profile_iters,on_trace_ready,json_trace_path
-        if profile_iters < 1: raise ValueError(f'ProfilerHook: profile_iters={profile_iters} must be at least 1.')
-        kinds = [a.upper() for a in activities if a != 'cuda' or torch.cuda.is_available()]
-        for k in kinds:
-            if not hasattr(torch.profiler.ProfilerActivity, k): raise ValueError(f"ProfilerHook: activities has {k.lower()!r}: choose 'cpu', 'cuda'.")
-        self.kw = dict(activities=[getattr(torch.profiler.ProfilerActivity, k) for k in kinds], with_flops=with_flops,
-                       schedule=torch.profiler.schedule(**schedule) if schedule else None,
-                       record_shapes=record_shapes, profile_memory=profile_memory, with_stack=with_stack)
+        if profile_iters < 1:
+            raise ValueError(f'ProfilerHook: profile_iters={profile_iters} must be at least 1.')
+        self.by_epoch,self.n,self.ready = by_epoch,profile_iters,on_trace_ready
+        self.path,self.profile = json_trace_path,None
+        when = torch.profiler.schedule(**schedule) if schedule else None
+        self.kw = dict(activities=watched(activities), schedule=when, record_shapes=record_shapes,
+                       profile_memory=profile_memory, with_stack=with_stack, with_flops=with_flops)
 
-    def before_run(self, runner):
+    def before_run(self,
+        runner, # a run that is shorter than `profile_iters` is a `ValueError`
+    ):
         "Start."
-        end = runner.max_epochs if self.by_epoch else runner.max_iters
-        if end and self.n > end: raise ValueError(f"ProfilerHook: profile_iters={self.n}, but the run has {end} {'epochs' if self.by_epoch else 'iterations'}: it would never report.")
+        end,unit = (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
+        if end and self.n > end:
+            raise ValueError(f'ProfilerHook: profile_iters={self.n}, but the run has {end} {unit}: '
+                             'it would never report.')
         self.profile = torch.profiler.profile(**self.kw); self.profile.__enter__()
 
     def stop(self,
@@ -218,11 +258,15 @@ class ProfilerHook(Hook):
         if self.path: self.profile.export_chrome_trace(str(self.path))
         trace_handler(self.ready, runner)(self.profile); self.profile = None
 
-    def after_train_iter(self, runner):
+    def after_train_iter(self,
+        runner, # in an iteration that is watched, or later
+    ):
         "Count."
         if self.profile is not None: self.profile.step()
         if not self.by_epoch: self.stop(runner, runner.iter)
 
-    def after_train_epoch(self, runner):
+    def after_train_epoch(self,
+        runner, # in an epoch that is watched, or later
+    ):
         "Count."
         if self.by_epoch: self.stop(runner, runner.epoch)

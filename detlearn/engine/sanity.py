@@ -24,16 +24,18 @@ class Overfit:
         return {k: last[k]/first[k] if first[k] else 0. for k in first}
 
     @property
-    def ok(self)->bool:
+    def ok(self)->bool: # True: the total loss has come down to `share` of the first
         "Is it learnt by heart?"
         return self.left()['loss'] <= self.share
 
     def __str__(self):
-        rows = ', '.join(f'{k} {self.history[0][k]:.3g} -> {self.history[-1][k]:.3g}' for k in self.history[0])
-        if self.ok: return f'learnt by heart in {len(self.history)} steps: {rows}'
-        worst = max((k for k in self.left() if k != 'loss'), key=self.left().get)
-        return (f'NOT learnt by heart in {len(self.history)} steps: {rows}. {worst} stays at {self.left()[worst]:.0%}: is its '
-                'branch trained (requires_grad, frozen_stages), is lr right, do images and objects belong together?')
+        first,last,n,left = self.history[0],self.history[-1],len(self.history),self.left()
+        rows = ', '.join(f'{k} {first[k]:.3g} -> {last[k]:.3g}' for k in first)
+        if self.ok: return f'learnt by heart in {n} steps: {rows}'
+        worst = max((k for k in left if k != 'loss'), key=left.get)
+        return (f'NOT learnt by heart in {n} steps: {rows}. {worst} stays at {left[worst]:.0%}: is its '
+                'branch trained (requires_grad, frozen_stages), is lr right, do images and objects '
+                'belong together?')
 
 # %% ../../nbs/14_engine/15_sanity.ipynb #1f702597
 def overfit(
@@ -50,7 +52,8 @@ def overfit(
     model = copy.deepcopy(getattr(model, 'module', model)).train()
     one,history = one.to(next(model.parameters()).device),[]
     params = [p for p in model.parameters() if p.requires_grad]
-    if not params: raise ValueError('overfit: no parameter is trainable (requires_grad is False for all).')
+    if not params:
+        raise ValueError('overfit: no parameter is trainable (requires_grad is False for all).')
     opt = torch.optim.AdamW(params, lr, weight_decay=0.)
     for _ in range(steps):
         total,log = parse_losses(model(one.images, one.gt))
@@ -61,13 +64,13 @@ def overfit(
 
 # %% ../../nbs/14_engine/15_sanity.ipynb #3b66abd0
 def expected_focal(
-    priors:int,     # `P`
+    priors:int,     # `P`, of all images together
     classes:int,    # `C`
-    positives:int,  # at least 1
+    positives:int,  # of all images together, at least 1
     prior=.01,      # the score that the bias stands for
     alpha=.25,      # weight of positives
     gamma=2.,       # focus
-)->float:           # the class loss of a fresh head, divided by the positives
+)->float:           # the class loss of a fresh head: the sum over `P·C` scores, divided by the positives
     "Every prior says `prior` to every class."
     yes = alpha*(1-prior)**gamma*-math.log(prior)
     no = (1-alpha)*prior**gamma*-math.log(1-prior)
@@ -78,7 +81,7 @@ def expected_focal(
 def initial_losses(
     model,  # a fresh detector with `extract_feat` and `bbox_head`
     batch,  # `Batch`
-)->dict:    # name: `(expected, seen)`
+)->dict:    # name: `(expected, seen)`; much apart: something before the head is unscaled
     "What the losses should be at first, and what they are."
     model = getattr(model, 'module', model); training = model.training
     batch = batch.to(next(model.parameters()).device)
@@ -95,11 +98,12 @@ def find_lr(
     data,           # a loader, or a list of batches; used again and again
     low:float=1e-5, # first rate
     high:float=1.,  # last rate
-    steps:int=60,   # between the two
+    steps:int=60,   # between the two; fewer, if the loss explodes
     make=torch.optim.AdamW, # `make(params, lr)` gives the optimizer
-)->dict:            # `lrs`, `losses` (smoothed), `suggestion`
+)->dict:            # `lrs`; `losses`, smoothed; `suggestion`, a tenth of the rate of the lowest loss
     "Sweep the learning rate."
-    model = copy.deepcopy(getattr(model, 'module', model)).train(); device = next(model.parameters()).device
+    model = copy.deepcopy(getattr(model, 'module', model)).train()
+    device = next(model.parameters()).device
     opt,lrs,losses,smooth = make(model.parameters(), low),[],[],None
     batches = iter(b for _ in range(steps) for b in data)
     for i in range(steps):
