@@ -81,9 +81,9 @@ def suited(
 )->Priors:    # boxes, or points with strides where the assigner says `points = True`
     "The priors in the form an assigner asks for."
     if not getattr(assigner, 'points', False): return priors
-    stride = torch.tensor([s for s in priors.strides]).float()[priors.levels]
-    return Priors(torch.cat([box_centers(priors.boxes), stride], -1), priors.level_sizes, priors.strides,
-                  priors.valid)
+    stride = torch.tensor(priors.strides).float()[priors.levels]
+    points = torch.cat([box_centers(priors.boxes), stride], -1)
+    return replace(priors, boxes=points)
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #5db89e2f
 def three_shapes(
@@ -125,19 +125,18 @@ def draw_level(
 def draw_assignment(
     assigners:dict, # `{text: assigner}`; one, or two for a duel
     scene,          # `Scene`
-    # with `.codes` `{text: (P,)}` and `.different`, the number of priors with unequal answers
-)->plt.Figure:
+)->plt.Figure:      # with `.codes` `{text: (P,)}`, and `.different`: priors with unequal answers
     "A row an assigner, a column a level."
     levels = len(scene.priors.level_sizes)
-    fig,axs = plt.subplots(len(assigners), levels, figsize=(3.1*levels, 2.9*len(assigners)),
-                           squeeze=False)
+    size = 3.1*levels,2.9*len(assigners)
+    fig,axs = plt.subplots(len(assigners), levels, figsize=size, squeeze=False)
     fig.codes = {}
     for row,(text,assigner) in zip(axs, assigners.items()):
         codes = fig.codes[text] = answer(assigner, scene).gt_inds
         for level,ax in enumerate(row): draw_level(ax, scene, codes, level)
         counts = [int((codes == k).sum()) for k in range(1, 1+len(scene.gt.boxes))]
-        row[0].set_ylabel(f'{text}\npositives an object: {counts}', fontsize=9, weight='bold',
-                          labelpad=4)
+        words = f'{text}\npositives an object: {counts}'
+        row[0].set_ylabel(words, fontsize=9, weight='bold', labelpad=4)
     answers = list(fig.codes.values())
     fig.different = int((answers[0] != answers[-1]).sum())
     return fig
@@ -151,9 +150,8 @@ def all_assigners()->list: # names, in the order of the alphabet
     return sorted(BBOX_ASSIGNERS)
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #62d83b5c
-STARTS = dict(pos_iou_thr=.5, neg_iou_thr=.4, topk=9, pos_scale=.2, neg_scale=.5, pos_ignore_thr=.15,
-              neg_ignore_thr=.7,
-              regress_ranges=((-1, 40), (40, 1e8)))
+STARTS = dict(pos_iou_thr=.5, neg_iou_thr=.4, topk=9, pos_scale=.2, neg_scale=.5,
+              pos_ignore_thr=.15, neg_ignore_thr=.7, regress_ranges=((-1, 40), (40, 1e8)))
 COSTS = dict(cls_cost=ClassificationCost, reg_cost=BBoxL1Cost, iou_cost=IoUCost, dice_cost=DiceCost,
              mask_cost=lambda weight: FocalLossCost(weight, binary_input=True))
 
@@ -190,8 +188,9 @@ def overlap_of(
     mode:str, # `'iou'`, `'giou'` or `'iof'`
 )->Callable:  # `f(a, b, mode='iou')`; another mode than the ordinary one is left alone
     "An `iou_calculator` that measures otherwise."
-    return lambda a, b, asked='iou', mode_=mode, **kw: box_iou(a, b, mode_ if kw.get('mode', asked)
-                                                               == 'iou' else kw.get('mode', asked))
+    own = mode
+    def overlap(a, b, mode='iou'): return box_iou(a, b, own if mode == 'iou' else mode)
+    return overlap
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #076dfd8b
 def assigner_from(
@@ -205,8 +204,8 @@ def assigner_from(
         if not isinstance(value, str): return value
         try: return ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f'{name}: {value!r} is no Python value; write a number, None or a '
-                             'tuple.') from None
+            raise ValueError(f'{name}: {value!r} is no Python value; '
+                             'write a number, None or a tuple.') from None
     return cls(**{name: read(name, v) for name,v in values.items()})
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #04c2d259
@@ -229,8 +228,8 @@ class Side(W.VBox):
 
     def assigner(self)->object: # an object; `ValueError` for what does not work
         "The chosen class with the chosen settings."
-        return assigner_from(BBOX_ASSIGNERS[self.choice.value],
-                             {k: c.value for k,c in self.controls.items()})
+        values = {name: control.value for name,control in self.controls.items()}
+        return assigner_from(BBOX_ASSIGNERS[self.choice.value], values)
 
 # %% ../../nbs/06_targets/19c_assignment_explorer.ipynb #b1fdb334
 class AssignmentExplorer(W.VBox):
@@ -240,8 +239,8 @@ class AssignmentExplorer(W.VBox):
         second='ATSSAssigner',   # on the right; None: no duel
         scenes:dict=None,        # `{name: f(skill) -> Scene}`; default: six toy photos
     ):
-        self.scenes = (scenes
-                       or {f'toy photo {i}': lambda skill, i=i: toy_scene(i, skill) for i in range(6)})
+        photos = {f'toy photo {i}': lambda skill, i=i: toy_scene(i, skill) for i in range(6)}
+        self.scenes = scenes or photos
         self.scene = W.Dropdown(options=list(self.scenes), description='scene')
         self.skill = W.FloatSlider(.6, min=0, max=1, step=.1, description='skill')
         self.sides = [Side(name, self.redraw) for name in (first, second) if name]
@@ -254,8 +253,8 @@ class AssignmentExplorer(W.VBox):
         "Ask the assigners again, and draw."
         scene = self.scenes[self.scene.value](self.skill.value)
         try:
-            fig = draw_assignment({f'{i}. {s.choice.value}': s.assigner()
-                                   for i,s in enumerate(self.sides, 1)}, scene)
+            named = {f'{i}. {s.choice.value}': s.assigner() for i,s in enumerate(self.sides, 1)}
+            fig = draw_assignment(named, scene)
         except (ValueError, RuntimeError) as e: plt.close(); self.note.value = f'<b>{e}</b>'; return
         self.figure,self.note.value = fig,f'{fig.different} priors differ' if len(self.sides) > 1 else ''
         with self.view: self.view.clear_output(wait=True); display(fig)

@@ -20,8 +20,8 @@ def rank_within(
     "The place of each entry among those of its group."
     if not order.shape[-1]: return torch.zeros_like(group)
     by_order = order.argsort(dim=-1, descending=True, stable=True)
-    # groups together
-    index = by_order.gather(-1, group.gather(-1, by_order).argsort(dim=-1, stable=True))
+    by_group = group.gather(-1, by_order).argsort(dim=-1, stable=True)
+    index = by_order.gather(-1, by_group)  # groups together
     sorted_group = group.gather(-1, index)
     begins = F.pad(sorted_group[..., 1:] != sorted_group[..., :-1], (1, 0), value=True)
     place = torch.arange(order.shape[-1], device=order.device).expand_as(group)
@@ -40,7 +40,7 @@ class InstanceBalancedPosSampler(RandomSampler):
         "Who is among the first of its object, before all others."
         codes = assigned.gt_inds
         place = rank_within(dice, codes)
-        objects = ((place == 0) & (codes > 0)).sum(-1, keepdim=True)         # that own a prior
+        objects = ((place == 0) & (codes > 0)).sum(-1, keepdim=True)  # that own a prior
         share = (most/objects.clamp(min=1)).round() + 1
         return dice + (place < share)
 
@@ -61,16 +61,15 @@ class IoUBalancedNegSampler(RandomSampler):
     def __init__(self,
         num:int,            # priors drawn of an image
         pos_fraction:float, # at most this part of them positive
-        # overlaps below it are the floor; 0: exactly 0 is; negative: there is no floor
-        floor_thr=-1,
+        floor_thr=-1,       # overlaps below are the floor; 0: exactly 0 is; negative: there is none
         floor_fraction=0,   # part of the background that comes from the floor
         num_bins:int=3,     # of overlap, above the floor; 1: by chance
         **kwargs,           # of `BaseSampler`
     ):
         if not (floor_thr >= 0 or floor_thr == -1) or not 0 <= floor_fraction <= 1 or num_bins < 1:
             raise ValueError(f'IoUBalancedNegSampler: floor_thr={floor_thr} is at least 0, or -1; '
-                             f'floor_fraction={floor_fraction} lies in 0..1; num_bins={num_bins} is at '
-                             'least 1')
+                             f'floor_fraction={floor_fraction} lies in 0..1; '
+                             f'num_bins={num_bins} is at least 1')
         super().__init__(num, pos_fraction, **kwargs)
         self.floor_thr,self.floor_fraction,self.num_bins = floor_thr,floor_fraction,num_bins
 

@@ -13,7 +13,7 @@ from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE, BACKGROUND
 from ..core.boxes import box_iou, box_area, box_centers
 from .iou import columns, side_by_side, taking_part, highest, share_of_priors
-from .max_iou_assigner import BaseAssigner, pack
+from .max_iou_assigner import BaseAssigner, pack, value_of_owner
 from .atss_assigner import depth_inside
 
 # %% ../../nbs/06_targets/07_center_region_assigner.ipynb #4910d75f
@@ -29,14 +29,11 @@ def scale_boxes(
 def smaller_first(
     area, # `(..., G)`
     core, # `(..., G, P)` float, 1 or 0
-    # `(..., P)` int64 code, 0 without a core; and `(..., G, P)` bool: in the core, but not the smallest
-)->tuple:
+)->tuple: # `(..., P)` int64 code, 0 without a core; `(..., G, P)` bool: in it, but not the smallest
     "The smallest object whose core holds the prior, and who must give way."
-    order = area.sort(dim=-1, descending=True, stable=True)[1]                       # (..., G)
-    # the smallest has the highest
-    rank = order.argsort(-1)[..., None] + 1
-    # (..., P), 0: nobody
-    best = F.pad(core*rank, (0, 0, 1, 0)).amax(-2)
+    order = area.sort(dim=-1, descending=True, stable=True)[1]  # (..., G)
+    rank = order.argsort(-1)[..., None] + 1                     # the smallest has the highest
+    best = F.pad(core*rank, (0, 0, 1, 0)).amax(-2)              # (..., P), 0: nobody
     code = F.pad(order+1, (1, 0)).expand(*best.shape[:-1], -1).gather(-1, best.long())
     return code,core*(best[..., None, :] - rank) > 0
 
@@ -48,16 +45,11 @@ def settle_same_class(
     dominate, # True: positives stay; False: shadows stay
 )->tuple:     # codes and the tables
     "A prior is not positive and in the shadow for one class."
-    # (..., P)
-    own = F.pad(labels, (1, 0), value=-1).expand(*codes.shape[:-1], -1).gather(-1, codes.clamp(min=0))
-    # nobody's class
-    own = torch.where(codes > 0, own, -2).float()
-    # (..., G, P)
-    differs = (own[..., None, :] - labels[..., None].float()).abs_()
+    own = value_of_owner(labels, codes, -2).float()                   # (..., P), no class is -2
+    differs = (own[..., None, :] - labels[..., None].float()).abs_()  # (..., G, P)
     if dominate: return codes,[s & (differs > 0) for s in shadows]
-    within = sum(s.float() for s in shadows)
-    # of one class, and within
-    clash = F.pad(within.sub_(differs.mul_(1e6)), (0, 0, 1, 0)).amax(-2) > 0
+    within = sum(s.float() for s in shadows).sub_(differs.mul_(1e6))  # above 0: of one class, and within
+    clash = F.pad(within, (0, 0, 1, 0)).amax(-2) > 0
     return torch.where(clash, BACKGROUND, codes),shadows
 
 # %% ../../nbs/06_targets/07_center_region_assigner.ipynb #cfdab6c0
@@ -70,8 +62,7 @@ class CenterRegionAssigner(BaseAssigner):
         min_pos_iof:float=1e-2,    # a prior is in it if a larger share of the prior lies there
         ignore_gt_scale:float=.5,  # crowds are shrunk to this
         foreground_dominate=False, # see `settle_same_class`
-        # function or part `f(a, b, mode)` with mode `'iof'`; default `box_iou`
-        iou_calculator=None,
+        iou_calculator=None,       # `f(a, b, mode)` with mode `'iof'`; default `box_iou`
     ):
         self.pos_scale,self.neg_scale,self.min_pos_iof = pos_scale,neg_scale,min_pos_iof
         self.ignore_gt_scale,self.foreground_dominate = ignore_gt_scale,foreground_dominate
@@ -83,19 +74,17 @@ class CenterRegionAssigner(BaseAssigner):
         scale,   # of the objects
     )->Tensor:   # `(..., G, p)`, positive inside
         "Which priors lie in which scaled objects, by the share of the prior."
-        return share_of_priors(self.iou_calculator, boxes,
-                               scale_boxes(objects, scale)) - self.min_pos_iof
+        shrunk = scale_boxes(objects, scale)
+        return share_of_priors(self.iou_calculator, boxes, shrunk) - self.min_pos_iof
 
     def regions(self,
         boxes, # `(..., p, 4)` of some priors
         gt,    # `GroundTruth`
-        # codes `(..., p)`; shadow, outranked `(..., G, p)` bool; hidden by a crowd `(..., p)` bool
-    )->tuple:
+    )->tuple:  # codes `(..., p)`; shadow, outranked `(..., G, p)` bool; hidden `(..., p)` bool
         "Cores, the smallest first; shadows; crowds. Numbers until the end: they are faster than masks."
         points = box_centers(boxes)
-        yes = lambda depth, real: taking_part(depth, real).sign_().clamp_(min=0)
+        yes = lambda depth, real: taking_part(depth, real).sign_().clamp_(min=0)  # 1 or 0
         around = self.lies_in(boxes, gt.boxes, self.pos_scale)
-        # 1 or 0
         core = yes(torch.minimum(depth_inside(points, gt.boxes), around), gt.real)
         if self.neg_scale != self.pos_scale: around = self.lies_in(boxes, gt.boxes, self.neg_scale)
         shadow = yes(around, gt.real) > core
@@ -115,8 +104,8 @@ class CenterRegionAssigner(BaseAssigner):
     )->AssignResult: # `max_overlaps` None; `extras`: `shadow` and `outranked` `(..., G, P)`
         "The regions, some priors at a time."
         parts = columns(priors.boxes, gt.boxes.shape[-2])
-        codes,shadow,outranked,hidden = side_by_side(lambda p: self.regions(priors.boxes[..., p, :], gt),
-                                                     parts)
+        give = lambda part: self.regions(priors.boxes[..., part, :], gt)
+        codes,shadow,outranked,hidden = side_by_side(give, parts)
         res = pack(codes, None, gt, ~hidden if priors.valid is None else priors.valid & ~hidden)
         res.extras = dict(shadow=shadow, outranked=outranked)
         return res

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['gaussian_radius', 'gaussian2D', 'hills', 'class_maps', 'gen_gaussian_target', 'cell_number', 'write_cells',
-           'center_targets', 'corner_places', 'corner_targets', 'get_local_maximum', 'get_topk_from_heatmap',
-           'gather_feat', 'transpose_and_gather_feat']
+           'in_cells', 'radii_of', 'center_targets', 'corner_places', 'beside_corner', 'corner_targets',
+           'get_local_maximum', 'get_topk_from_heatmap', 'gather_feat', 'transpose_and_gather_feat']
 
 # %% ../../nbs/06_targets/15_gaussian_target.ipynb #06799f95
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..core.structures import take_rows
+from ..core.boxes import box_centers
 
 # %% ../../nbs/06_targets/15_gaussian_target.ipynb #e9a7d945
 def gaussian_radius(
@@ -47,11 +49,12 @@ def hills(
     "A hill around each cell, each on a map of its own."
     rows = []
     for i,n in ((1, size[0]), (0, size[1])):
-        d = torch.arange(n, device=cells.device) - cells[..., i, None]             # (..., G, n)
+        d = torch.arange(n, device=cells.device) - cells[..., i, None]  # (..., G, n)
         sigma = (2*radii[..., None] + 1) / 6
         rows.append(torch.where(d.abs() <= radii[..., None], (-d**2 / (2*sigma**2)).exp(), 0))
     return rows[0][..., :, None] * rows[1][..., None, :]
 
+# %% ../../nbs/06_targets/15_gaussian_target.ipynb #8c9613f5
 def class_maps(
     maps,            # `(..., G, H, W)`, not negative
     labels,          # `(..., G)` int64
@@ -59,7 +62,7 @@ def class_maps(
     num_classes:int, # `C`
 )->Tensor:           # `(..., C, H, W)`
     "Of the hills of a class the highest, cell by cell."
-    flat = torch.where(real[..., None, None], maps, 0).flatten(-2)                 # (..., G, H*W)
+    flat = torch.where(real[..., None, None], maps, 0).flatten(-2)  # (..., G, H*W)
     empty = flat.new_zeros(*flat.shape[:-2], num_classes, flat.shape[-1])
     at = labels.clamp(min=0)[..., None].expand(flat.shape)
     return empty.scatter_reduce(-2, at, flat, 'amax').unflatten(-1, maps.shape[-2:])
@@ -91,15 +94,31 @@ def write_cells(
     size,   # `(height, width)`
 )->tuple:   # `(..., D, H, W)`, zeros elsewhere, and `(..., 1, H, W)`: 1 where an object has written
     "Put the numbers of each object into its cell; the later object wins."
-    code = torch.arange(1, real.shape[-1]+1, device=real.device) * real            # 0: nobody
+    code = torch.arange(1, real.shape[-1]+1, device=real.device) * real  # 0: nobody
     owner = code.new_zeros(*real.shape[:-1], size[0]*size[1]).scatter_reduce(-1, number, code, 'amax')
-    # (..., 1+G, D), nobody first
-    table = F.pad(values, (0, 0, 1, 0))
+    table = F.pad(values, (0, 0, 1, 0))                                  # (..., 1+G, D), nobody first
     out = table.gather(-2, owner[..., None].expand(*owner.shape, values.shape[-1])).mT
-    return out.unflatten(-1, tuple(size)),(owner > 0).to(values.dtype)[..., None,
-                                                                       :].unflatten(-1, tuple(size))
+    there = (owner > 0).to(values.dtype)[..., None, :]
+    return tuple(x.unflatten(-1, tuple(size)) for x in (out, there))
 
 # %% ../../nbs/06_targets/15_gaussian_target.ipynb #42a805ac
+def in_cells(
+    boxes,     # `(..., G, 4)` xyxy, pixels of the image
+    feat_size, # `(height, width)` of the map, cells
+    img_size,  # `(height, width)` of the padded image, pixels
+)->Tensor:     # `(..., G, 4)` xyxy, cells
+    "Boxes in units of a map."
+    grow = (feat_size[1]/img_size[1], feat_size[0]/img_size[0])*2
+    return torch.stack([side*g for side,g in zip(boxes.unbind(-1), grow)], -1)
+
+def radii_of(
+    wh,          # `(..., G, 2)` width, height, cells
+    min_overlap, # see `gaussian_radius`
+)->Tensor:       # `(..., G)` int64, at least 0
+    "The radius of each object's hill in whole cells."
+    return gaussian_radius((wh[..., 1], wh[..., 0]), min_overlap).long().clamp(min=0)
+
+# %% ../../nbs/06_targets/15_gaussian_target.ipynb #289f4fd7
 def center_targets(
     gt,              # `GroundTruth`, boxes `(..., G, 4)` xyxy, pixels of the image
     feat_size,       # `(height, width)` of the map, cells
@@ -108,15 +127,13 @@ def center_targets(
     min_overlap=.3,  # see `gaussian_radius`
 )->dict:             # the zoo's names; `avg_factor` `()`: number of cells that are 1, at least 1
     "Heat map, size and offset of each centre (Zhou et al., 2019)."
-    grow = [f/i for f,i in zip(feat_size, img_size)]
-    boxes = gt.boxes * torch.stack([torch.full_like(gt.boxes[..., 0], g) for g in (grow[1], grow[0])*2],
-                                   -1)
-    centre,wh = (boxes[..., :2] + boxes[..., 2:])/2,boxes[..., 2:] - boxes[..., :2]
+    boxes = in_cells(gt.boxes, feat_size, img_size)
+    centre,wh = box_centers(boxes),boxes[..., 2:] - boxes[..., :2]
     cells = centre.long()
-    radii = gaussian_radius((wh[..., 1], wh[..., 0]), min_overlap).long().clamp(min=0)
-    heat = class_maps(hills(cells, radii, feat_size), gt.labels, gt.real, num_classes)
-    beside,there = write_cells(torch.cat([wh, centre-cells], -1), cell_number(cells, feat_size), gt.real,
-                               feat_size)
+    around = hills(cells, radii_of(wh, min_overlap), feat_size)
+    heat = class_maps(around, gt.labels, gt.real, num_classes)
+    numbers = torch.cat([wh, centre-cells], -1)
+    beside,there = write_cells(numbers, cell_number(cells, feat_size), gt.real, feat_size)
     wh,offset = beside.split(2, -3)
     return dict(center_heatmap_target=heat, wh_target=wh, offset_target=offset,
                 avg_factor=(heat == 1).sum().clamp(min=1),
@@ -129,13 +146,26 @@ def corner_places(
     img_size,    # `(height, width)` of the padded image
 )->tuple:        # `(..., G, 4)` boxes in cells, `(..., G, 4)` int64 cells of the two corners
     "Each corner, and its cell."
-    h,w = feat_size
-    grow = (w/img_size[1], h/img_size[0])*2
-    boxes = torch.stack([b*g for b,g in zip(gt.boxes.unbind(-1), grow)], -1)
+    boxes,(h,w) = in_cells(gt.boxes, feat_size, img_size),feat_size
     last = torch.stack([torch.full_like(boxes[..., 0], n-1) for n in (w, h, w, h)], -1)
     return boxes,torch.minimum(boxes, last).long()
 
 # %% ../../nbs/06_targets/15_gaussian_target.ipynb #975303e5
+def beside_corner(
+    corner, # `(..., G, 2)` x, y, cells
+    cell,   # `(..., G, 2)` int64 x, y
+    centre, # `(..., G, 2)` x, y, cells
+    sign,   # 1 for upper left corners, -1 for lower right ones
+    with_guiding_shift,     # see `corner_targets`
+    with_centripetal_shift, # see `corner_targets`
+)->dict:    # `offset` and maybe the shifts, `(..., G, 2)`
+    "The numbers that stand beside a corner's map."
+    out = dict(offset=corner - cell)
+    if with_guiding_shift: out['guiding_shift'] = (centre - cell)*sign
+    if with_centripetal_shift: out['centripetal_shift'] = ((centre - corner)*sign).log()
+    return out
+
+# %% ../../nbs/06_targets/15_gaussian_target.ipynb #3b46adaf
 def corner_targets(
     gt,                          # `GroundTruth`, boxes `(..., G, 4)` xyxy, pixels of the image
     feat_size,                   # `(height, width)` of the map, cells
@@ -148,16 +178,12 @@ def corner_targets(
 )->dict:                         # the zoo's names
     "Heat maps and offsets of both corners (Law and Deng, 2018)."
     boxes,cells = corner_places(gt, feat_size, img_size)
-    centre,size = (boxes[..., :2] + boxes[..., 2:])/2,(boxes[..., 2:] - boxes[..., :2]).ceil()
-    radii = gaussian_radius((size[..., 1], size[..., 0]), min_overlap).long().clamp(min=0)
-    out = {}
-    for name,short,i,sign in (('topleft', 'tl', 0, 1), ('bottomright', 'br', 2, -1)):
-        cell,corner = cells[..., i:i+2],boxes[..., i:i+2]
-        out[f'{name}_heatmap'] = class_maps(hills(cell, radii, feat_size), gt.labels, gt.real,
-                                            num_classes)
-        beside = dict(offset=corner - cell)
-        if with_guiding_shift: beside['guiding_shift'] = (centre - cell)*sign
-        if with_centripetal_shift: beside['centripetal_shift'] = ((centre - corner)*sign).log()
+    radii,out = radii_of((boxes[..., 2:] - boxes[..., :2]).ceil(), min_overlap),{}
+    for name,i,sign in (('topleft', 0, 1), ('bottomright', 2, -1)):
+        cell,around = cells[..., i:i+2],hills(cells[..., i:i+2], radii, feat_size)
+        out[f'{name}_heatmap'] = class_maps(around, gt.labels, gt.real, num_classes)
+        beside = beside_corner(boxes[..., i:i+2], cell, box_centers(boxes), sign,
+                               with_guiding_shift, with_centripetal_shift)
         for key,v in beside.items():
             out[f'{name}_{key}'] = write_cells(v, cell_number(cell, feat_size), gt.real, feat_size)[0]
     if with_corner_emb: out['corner_embedding'] = cells.unflatten(-1, (2, 2)).flip(-1)
@@ -189,8 +215,8 @@ def gather_feat(
     mask=None, # `(B, K)` bool: which of them to return; the host waits for their number
 )->Tensor:     # `(B, K, D)`, or `(M, D)` with a mask
     "What stands at those places."
-    feat = feat.gather(1, ind[..., None].expand(*ind.shape, feat.shape[-1]))
-    return feat if mask is None else feat[mask]
+    found = take_rows(feat, ind)
+    return found if mask is None else found[mask]
 
 def transpose_and_gather_feat(
     feat, # `(B, D, H, W)`

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, IGNORE
 from ..core.boxes import box_iou, box_centers
-from detlearn.targets.iou import (columns, side_by_side, highest, taking_part, best_overlaps, kept,
-    claimed_by)
+from .iou import columns, side_by_side, highest, taking_part
+from .iou import best_overlaps, kept, claimed_by
 from .max_iou_assigner import BaseAssigner, pack
-from .atss_assigner import prior_points
+from .atss_assigner import prior_points, needs_strides, crosswise
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #afa698b1
 def cells_between(
@@ -23,7 +23,7 @@ def cells_between(
     stride,  # `(x, y)` pixels of a cell
 )->Tensor:   # `(..., G, P)`, 0 in the same cell
     "How many steps from cell to cell lie between each pair."
-    (px,py),(cx,cy) = points.mT.contiguous()[..., None, :, :].unbind(-2),centres[..., None].unbind(-2)
+    (px,py),(cx,cy) = crosswise(points, centres)
     across = (px//stride[0] - cx//stride[0]).abs_()
     return across.add_((py//stride[1] - cy//stride[1]).abs_())
 
@@ -46,9 +46,7 @@ def responsible_priors(
     gt,     # `GroundTruth`, boxes `(..., G, 4)`
 )->Tensor:  # `(..., P)` bool
     "Priors in whose cell some object has its centre."
-    if priors.strides is None:
-        raise ValueError('which cell a prior is in depends on the stride: give Priors its strides, one '
-                         'a level')
+    needs_strides(priors, 'which cell a prior is in depends on the stride')
     levels = zip(prior_points(priors).split(priors.level_sizes, -2), priors.strides)
     return torch.cat([shares_cell(points, gt, stride) for points,stride in levels], -1)
 
@@ -59,8 +57,8 @@ def range_of_background(
     "The range of IoU that is background."
     if not isinstance(neg_iou_thr, (tuple, list)): return -1.,neg_iou_thr
     if len(neg_iou_thr) == 2: return tuple(neg_iou_thr)
-    raise ValueError(f'neg_iou_thr={neg_iou_thr} has {len(neg_iou_thr)} numbers: give two, (low, high), '
-                     'or one')
+    raise ValueError(f'neg_iou_thr={neg_iou_thr} has {len(neg_iou_thr)} numbers: '
+                     'give two, (low, high), or one')
 
 # %% ../../nbs/06_targets/08_grid_assigner.ipynb #45c1f143
 def above_threshold(
@@ -80,8 +78,7 @@ class GridAssigner(BaseAssigner):
     "Only priors of the cell that holds an object's centre can find it (Redmon and Farhadi, 2018)."
     def __init__(self,
         pos_iou_thr:float,           # IoU above this: positive, if responsible
-        # IoU up to this: background; or `(low, high)`: above `low`, up to `high`
-        neg_iou_thr,
+        neg_iou_thr,                 # IoU up to this: background; or `(low, high)`: above `low`
         min_pos_iou:float=0.,        # an object claims its best responsible prior from above this IoU
         gt_max_assign_all:bool=True, # claim all that tie for best, or the first alone
         iou_calculator=None,         # function or part `f(a, b, mode)`; default `box_iou`
@@ -100,14 +97,12 @@ class GridAssigner(BaseAssigner):
         "Thresholds, then claims of responsible priors."
         if responsible is None: responsible = responsible_priors(priors, gt)
         if priors.valid is not None: responsible = responsible & priors.valid
-        (G,P),ties = (gt.boxes.shape[-2], priors.boxes.shape[-2]),self.gt_max_assign_all
-        parts = columns(priors.boxes, G)
-        fill = kept(lambda p: taking_part(self.iou_calculator(gt.boxes, priors.boxes[..., p, :]),
-                                          gt.real), G*P)
+        G,P,ties = gt.boxes.shape[-2],priors.boxes.shape[-2],self.gt_max_assign_all
+        overlaps = lambda part: self.iou_calculator(gt.boxes, priors.boxes[..., part, :])
+        parts,fill = columns(priors.boxes, G),kept(lambda p: taking_part(overlaps(p), gt.real), G*P)
         found = best_overlaps(fill, parts, not ties, responsible)
         codes = above_threshold(found.best, found.owner, responsible, self.pos_iou_thr, self.neg_range)
-        # strictly above, or no claim
-        found.top = torch.where(found.top > self.min_pos_iou, found.top, -1)
+        found.top = torch.where(found.top > self.min_pos_iou, found.top, -1)  # else no claim
         claimed = claimed_by(fill, parts, found, 0., ties, responsible)
         best = torch.where(responsible, found.best, -1)
         return pack(torch.where(claimed > 0, claimed, codes), best, gt, priors.valid)

@@ -14,7 +14,7 @@ from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult
 from ..core.boxes import xyxy_to_cxcywh, full_precision
 from .match_costs import ClassificationCost, BBoxL1Cost, IoUCost
-from .max_iou_assigner import pack
+from .max_iou_assigner import BaseAssigner, needs_preds, pack
 
 # %% ../../nbs/06_targets/11_hungarian_assigner.ipynb #44dc0873
 def match_one(
@@ -22,9 +22,9 @@ def match_one(
 )->np.ndarray: # `(Q,)` int64 codes: `k` for object `k-1`, 0 for none
     "Pairs of least total cost; with fewer predictions than objects, some objects get none."
     if np.isnan(cost).any():
-        raise ValueError('the cost of matching is not a number: the predictions have diverged, or a '
-                         'box is '
-                         'not finite. Look at the loss of the steps before, or lower the learning rate.')
+        raise ValueError('the cost of matching is not a number: the predictions have diverged, or a box '
+                         'is not finite. Look at the loss of the steps before, or lower the learning '
+                         'rate.')
     there = cost < np.inf
     rows,cols = [np.flatnonzero(there.any(axis)) for axis in (1, 0)]
     r,c = linear_sum_assignment(cost if there.all() else cost[np.ix_(rows, cols)])
@@ -40,9 +40,9 @@ def cheapest_pairs(
     "Match every table of a batch on the host: one transfer there, whatever the number of images."
     tables = full_precision(cost.detach()).cpu().numpy()  # here the host waits
     codes = [match_one(t) for t in tables.reshape(-1, *cost.shape[-2:])] if cost.numel() else []
-    codes = (torch.from_numpy(np.stack(codes)) if codes
-             else torch.zeros(cost.shape[:-1], dtype=torch.long))
-    return codes.view(cost.shape[:-1]).to(cost.device, non_blocking=True)
+    if codes: codes = torch.from_numpy(np.stack(codes)).view(cost.shape[:-1])
+    else: codes = torch.zeros(cost.shape[:-1], dtype=torch.long)
+    return codes.to(cost.device, non_blocking=True)
 
 @cheapest_pairs.register_fake
 def _(cost): return cost.new_empty(cost.shape[:-1], dtype=torch.long)
@@ -53,15 +53,14 @@ def image_scale(
 )->Tensor: # `(..., 1, 4)` float32: width, height, width, height
     "By what boxes are divided to lie in 0..1."
     if gt.sizes is None:
-        raise ValueError('HungarianAssigner compares boxes in units of the image: give GroundTruth(..., '
-                         'sizes=) '
-                                          'height and width of each image, pixels.')
-    return gt.sizes.flip(-1).repeat_interleave(2, -1, output_size=4).view(
-        *gt.sizes.shape[:-1], 2, 2).mT.flatten(-2)[..., None, :].float()
+        raise ValueError('HungarianAssigner compares boxes in units of the image: '
+                         'give GroundTruth(..., sizes=) height and width of each image, pixels.')
+    width_height = gt.sizes.flip(-1)
+    return torch.cat([width_height, width_height], -1)[..., None, :].float()
 
 # %% ../../nbs/06_targets/11_hungarian_assigner.ipynb #f5be03bc
 @BBOX_ASSIGNERS.register_module()
-class HungarianAssigner:
+class HungarianAssigner(BaseAssigner):
     "The pairs of object and prediction with the least total cost, each used once (Carion et al., 2020)."
     def __init__(self,
         cls_cost=None, # `f(scores, labels)`, raw scores; default `ClassificationCost(1.)`
@@ -84,19 +83,15 @@ class HungarianAssigner:
 
     def assign(self,
         priors,      # `Priors`, of which only `valid` is used, or None
-        # `GroundTruth`, boxes `(..., G, 4)`, labels, sizes; padding and crowds are not matched
-        gt,
+        gt,          # `GroundTruth` with labels and sizes; padding and crowds are not matched
         preds=None,  # `Predictions`, scores `(..., Q, C)`, `extras['boxes']` `(..., Q, 4)` xyxy, pixels
     )->AssignResult: # `max_overlaps` None
         "Cost of all pairs, one transfer, the cheapest matching."
-        if preds is None:
-            raise ValueError(f'{type(self).__name__} looks at predictions: call assign(priors, gt, '
-                             'preds).')
+        needs_preds(self, preds)
         cost = self.cost(gt, preds).masked_fill(~gt.real[..., None, :], torch.inf)
         valid = None if priors is None else priors.valid
         if valid is not None: cost = cost.masked_fill(~valid[..., None], torch.inf)
-        codes = cheapest_pairs(cost)
-        return pack(codes, None, gt, valid)
+        return pack(cheapest_pairs(cost), None, gt, valid)
 
     def explain(self,
         priors,  # as in `assign`
@@ -105,5 +100,5 @@ class HungarianAssigner:
     )->dict:     # `{test: (..., G, Q) bool}`: which prediction passes for which object
         "What a prediction must pass to be an object's."
         codes = self.assign(priors, gt, preds).gt_inds[..., None, :]
-        return {'fewer predictions than objects': codes
-                == torch.arange(1, 1+gt.real.shape[-1], device=codes.device)[:, None]}
+        own = torch.arange(1, 1+gt.real.shape[-1], device=codes.device)[:, None]
+        return {'fewer predictions than objects': codes == own}

@@ -119,6 +119,7 @@ def code_of_equal(
     tiny = 1e-36
     return (table - value).add_(code*tiny).amax(-2).div_(tiny).round_().clamp_(min=0).long()
 
+# %% ../../nbs/06_targets/00_iou.ipynb #ef7a6307
 def highest(
     table,    # any shape
     axis:int, # which may be empty
@@ -185,11 +186,11 @@ def kept(
     if pairs > most: return fill
     held = {}
     def once(part):
-        # when it is asked for: then it is in the cache
-        if part.start not in held: held[part.start] = fill(part)
+        if part.start not in held: held[part.start] = fill(part)  # when it is asked for: in the cache
         return held[part.start]
     return once
 
+# %% ../../nbs/06_targets/00_iou.ipynb #d5a9e556
 def claimed_by(
     fill,               # as for `best_overlaps`
     parts,              # as for `best_overlaps`
@@ -213,8 +214,7 @@ def best_blocks(
     table,         # `(..., p)`
     k:int,         # how many of each row are looked for
     largest=False, # the largest, or the smallest
-    # `(..., n*BLOCK)` what stands in the blocks that may hold them, `(..., n)` int64 their first columns
-)->tuple:
+)->tuple:          # `(..., n*BLOCK)` the blocks' numbers, `(..., n)` int64 the first column of each
     "The blocks of each row that hold its `k` best."
     short = -table.shape[-1] % BLOCK
     if short: table = F.pad(table, (0, short), value=-torch.inf if largest else torch.inf)
@@ -261,8 +261,8 @@ class TopBlocks:
         P:int, # how many columns there were
     )->tuple:  # values and int64 numbers, both `(..., k)`, best first; an infinite value is nobody's
         "The best of each row."
-        return top_of_blocks(torch.cat(self.values, -1), torch.cat(self.starts, -1), self.k, P,
-                             self.largest)
+        values,starts = torch.cat(self.values, -1),torch.cat(self.starts, -1)
+        return top_of_blocks(values, starts, self.k, P, self.largest)
 
 # %% ../../nbs/06_targets/00_iou.ipynb #a1ecaba3
 def top_of_parts(
@@ -270,12 +270,10 @@ def top_of_parts(
     parts,         # slices of the priors, one after the other
     k:int,         # how many of each row; all, if there are fewer
     largest=False, # the largest, or the smallest
-    # values and int64 numbers of the priors, both `(...,
-    # G, k)`, best first; an infinite value is nobody's
-)->tuple:
+)->tuple:          # values, int64 numbers of priors, `(..., G, k)`, best first; infinite: nobody's
     "The best of each row, part by part."
     start,P = parts[0].start,parts[-1].stop - parts[0].start
-    if len(parts) == 1:                                                   # a small table
+    if len(parts) == 1:  # a small table
         value,number = fill(parts[0]).topk(min(k, P), -1, largest)
         return value,number + start
     tops = TopBlocks(k, largest)

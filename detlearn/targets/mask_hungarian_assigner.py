@@ -21,14 +21,13 @@ def object_masks(
         return masks[..., :0, :, :] if masks.dim() > 2 else masks[:0]
     if gt.masks is None:
         raise ValueError('MaskHungarianAssigner compares masks: give GroundTruth(..., masks=).')
-    size = lambda m: tuple(m.shape[gt.boxes.dim()-1:])
-    if size(gt.masks) != size(masks):
-        raise ValueError(f'the objects have masks of {size(gt.masks)} pixels, the predictions of '
-                         f'{size(masks)}: '
+    wanted,given = [tuple(m.shape[gt.boxes.dim()-1:]) for m in (gt.masks, masks)]
+    if wanted != given:
+        raise ValueError(f'the objects have masks of {wanted} pixels, the predictions of {given}: '
                          'bring both to one size, or sample both at the same points.')
     return gt.masks
 
-# %% ../../nbs/06_targets/11b_mask_hungarian_assigner.ipynb #dd4eea13
+# %% ../../nbs/06_targets/11b_mask_hungarian_assigner.ipynb #ae32985d
 @BBOX_ASSIGNERS.register_module()
 class MaskHungarianAssigner(HungarianAssigner):
     "The pairs of object and predicted mask with the least total cost (Cheng et al., 2021)."
@@ -49,8 +48,7 @@ class MaskHungarianAssigner(HungarianAssigner):
         masks = preds.extra('masks')
         wanted = object_masks(gt, masks)
         if gt.labels is None:
-            raise ValueError('MaskHungarianAssigner needs labels of the objects: it looks at their '
-                             'classes.')
+            raise ValueError('MaskHungarianAssigner needs labels: it looks at the objects\' classes.')
         cost = masks.new_zeros(*masks.shape[:gt.boxes.dim()-1], gt.boxes.shape[-2]).float()
         if self.cls_cost.weight: cost = cost + self.cls_cost(preds.scores.detach(), gt.labels)
         for part in (self.mask_cost, self.dice_cost):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..core.registry import BBOX_SAMPLERS
 from ..core.structures import Movable, IGNORE, BACKGROUND
-from .pseudo_sampler import PseudoSampler
+from .pseudo_sampler import PseudoSampler, labels_of
 
 # %% ../../nbs/06_targets/24_mask_pseudo_sampler.ipynb #d60b7ccd
 def owner_masks(
@@ -20,8 +20,7 @@ def owner_masks(
     masks:Tensor, # `(..., G, H, W)` of the objects; `G` may be 0
 )->Tensor:        # `(..., Q, H, W)`, dtype of `masks`
     "The mask of each query's owner; zeros where there is none."
-    # (..., 1+G, H, W), nobody first
-    table = F.pad(masks, (0, 0, 0, 0, 1, 0))
+    table = F.pad(masks, (0, 0, 0, 0, 1, 0))  # (..., 1+G, H, W), nobody first
     return torch.take_along_dim(table, codes.clamp(min=0)[..., None, None], -3)
 
 # %% ../../nbs/06_targets/24_mask_pseudo_sampler.ipynb #2de6e65c
@@ -58,7 +57,6 @@ class MaskPseudoSampler(PseudoSampler):
         if gt.masks is None:
             raise ValueError('MaskPseudoSampler needs objects with masks: load them with '
                              'LoadAnnotations(with_mask=True).')
-        codes,labels = assign_result.gt_inds,assign_result.labels
-        if labels is None: labels = torch.full_like(codes, -1)
-        weight = (codes != IGNORE).to(masks.dtype if masks.is_floating_point() else torch.float32)
-        return MaskSamplingResult(masks, codes, owner_masks(codes, gt.masks), labels, weight)
+        codes,dtype = assign_result.gt_inds,masks.dtype if masks.is_floating_point() else torch.float32
+        wanted,labels = owner_masks(codes, gt.masks),labels_of(assign_result)
+        return MaskSamplingResult(masks, codes, wanted, labels, (codes != IGNORE).to(dtype))

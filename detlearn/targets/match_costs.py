@@ -21,8 +21,7 @@ def sum_of_differences(
 )->Tensor: # `(..., N, G)`
     "How far apart the numbers of each pair are, summed over the four."
     a,b = a[..., None],b.mT.contiguous()[..., None, :, :]
-    gap = lambda i: (a[..., i, :] - b[..., i, :]).abs_()
-    # whole rows at a time: faster than pair by pair
+    gap = lambda i: (a[..., i, :] - b[..., i, :]).abs_()  # whole rows: faster than pair by pair
     return gap(0).add_(gap(1)).add_(gap(2)).add_(gap(3))
 
 # %% ../../nbs/06_targets/02f_match_costs.ipynb #89938e57

@@ -24,8 +24,8 @@ def hardness(
 )->Tensor:      # `(..., P)` float32, at least 0, no gradient
     "The loss of every candidate."
     if context is None:
-        raise ValueError('OHEMSampler needs a context, or sample(..., losses=) with a loss for each '
-                         'prior.')
+        raise ValueError('OHEMSampler needs a context, '
+                         'or sample(..., losses=) with a loss for each prior.')
     with torch.no_grad(): return context(boxes, labels, feats).float()
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #e6c9cf29
@@ -74,8 +74,8 @@ class OHEMSampler(BaseSampler):
         "Draw the hardest."
         if losses is None:
             everyone,boxes,_ = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
-            losses = hardness(self.context, boxes.expand(*everyone.gt_inds.shape, 4), everyone.labels,
-                              feats)
+            boxes = boxes.expand(*everyone.gt_inds.shape, 4)
+            losses = hardness(self.context, boxes, everyone.labels, feats)
         return super().sample(assign_result, priors, gt, losses=losses)
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #02f59d54
@@ -83,21 +83,19 @@ def nms_groups(
     boxes:Tensor,  # `(..., P, 4)` xyxy, pixels
     scores:Tensor, # `(..., P)`; negative for those that do not take part
     iou_thr:float, # more overlap: one group
-    # `(..., P)` int64, number of the kept box that each belongs to; its own number if it takes no part
-)->Tensor:
+)->Tensor:         # `(..., P)` int64, the kept box that each belongs to; who takes no part: its own
     "Who would silence whom; one NMS for all images."
     P = scores.shape[-1]
     if not P: return scores.long()
     use = scores >= 0
     rows = torch.arange(scores.numel()//P, device=boxes.device).view(*scores.shape[:-1], 1)
     span = boxes.amax() - boxes.amin() + 1
-    # an image beside the other
-    far = torch.where(use[..., None], boxes.double() + (rows*span)[..., None], -1e9)
-    keep = torchvision.ops.nms(far.flatten(0, -2), scores.double().flatten(), iou_thr)   # the host waits
+    apart = boxes.double() + (rows*span)[..., None]  # an image beside the other
+    far = torch.where(use[..., None], apart, -1e9).flatten(0, -2)
+    keep = torchvision.ops.nms(far, scores.double().flatten(), iou_thr)                 # the host waits
     kept = torch.zeros_like(use).flatten().index_fill(0, keep, True).view_as(use) & use
-    hears = (box_iou(boxes, boxes) > iou_thr) & kept[..., :, None] & use[..., None, :]   # (..., P, P)
-    # the best one counts
-    voice = torch.where(hears, scores[..., :, None], -1.)
+    hears = (box_iou(boxes, boxes) > iou_thr) & kept[..., :, None] & use[..., None, :]  # (..., P, P)
+    voice = torch.where(hears, scores[..., :, None], -1.)                               # the best counts
     return torch.where(hears.any(-2), voice.argmax(-2), torch.arange(P, device=boxes.device))
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #a652c337
@@ -122,11 +120,10 @@ def hlr_weights(
     valid = drawn & (place >= 0)
     total = torch.maximum(drawn.sum(-1, keepdim=True), ranked).clamp(min=1).to(losses.dtype)
     weight = (total - place)/total
-    least = weight.masked_fill(~valid, 1.).amin(-1, keepdim=True)             # for those without a rank
+    least = weight.masked_fill(~valid, 1.).amin(-1, keepdim=True)  # for those without a rank
     weight = (bias + (1-bias)*torch.where(valid, weight, least)).clamp(min=0)**k
-    scale = (losses*drawn).sum(-1, keepdim=True)/(losses*weight*drawn).sum(-1, keepdim=True).clamp(
-        min=1e-12)
-    return torch.where(valid.any(-1, keepdim=True), weight*scale, 1.)
+    before,after = [(losses*w*drawn).sum(-1, keepdim=True) for w in (1, weight)]
+    return torch.where(valid.any(-1, keepdim=True), weight*before/after.clamp(min=1e-12), 1.)
 
 # %% ../../nbs/06_targets/23_ohem_sampler.ipynb #6ab54bc7
 @BBOX_SAMPLERS.register_module()
@@ -135,9 +132,7 @@ class ScoreHLRSampler(RandomSampler):
     def __init__(self,
         num:int,            # candidates drawn of an image
         pos_fraction:float, # at most this part of them positive
-        # `f(boxes, labels, feats) -> scores (..., P, C+1) logits,
-        # boxes (..., P, 4)`, as they are decoded for the best class
-        context=None,
+        context=None,       # `f(boxes, labels, feats)`: logits `(..., P, C+1)`, boxes `(..., P, 4)`
         neg_pos_ub=-1,      # as in `BaseSampler`
         add_gt_as_proposals=True, # as in `BaseSampler`
         k:float=.5,         # power of the weights
@@ -163,17 +158,16 @@ class ScoreHLRSampler(RandomSampler):
         assign_result, # `AssignResult`, `(..., P)`
         priors,        # `Priors`
         gt,            # `GroundTruth`
-        # `(logits (..., P', C+1), boxes (..., P', 4))` of all candidates; None: the context tells
-        preds=None,
+        preds=None,    # what the context would give, of all candidates; None: the context tells
         feats=None,    # for the context
     )->SamplingResult: # `SamplingResult`, `(..., N)`, with weights
         "Rank, draw, weigh; one NMS, where the host waits."
         everyone,boxes,_ = candidates(assign_result, priors, gt, self.add_gt_as_proposals)
         if preds is None and self.context is None:
             raise ValueError('ScoreHLRSampler needs a context, or sample(..., preds=(logits, boxes)).')
+        boxes = boxes.expand(*everyone.gt_inds.shape, 4)
         with torch.no_grad():
-            logits,decoded = (preds or self.context(boxes.expand(*everyone.gt_inds.shape, 4),
-                                                    everyone.labels, feats))
+            logits,decoded = preds or self.context(boxes, everyone.labels, feats)
             place = self.places(everyone.gt_inds, logits.float(), decoded.float())
             drawn = super().sample(assign_result, priors, gt, place=place)
             drawn.weight = self.weigh(drawn, place, everyone.gt_inds, logits.float())
@@ -198,7 +192,7 @@ class ScoreHLRSampler(RandomSampler):
         "Weights of the background, where not all of it was drawn."
         losses,background = -logits.log_softmax(-1)[..., -1].gather(-1, drawn.index),codes == 0
         ranked = (place >= 0).sum(-1, keepdim=True)
-        weights = hlr_weights(place.gather(-1, drawn.index), drawn.neg, losses, ranked, self.k,
-                              self.bias)
+        place = place.gather(-1, drawn.index)
+        weights = hlr_weights(place, drawn.neg, losses, ranked, self.k, self.bias)
         some = drawn.neg.sum(-1, keepdim=True) < background.sum(-1, keepdim=True)
         return torch.where(drawn.neg & some, weights, drawn.weight).to(drawn.weight.dtype)

@@ -189,4 +189,5 @@ def draw_coverage(
             if n[r,c]: ax.text(c, r, f'{share[r,c]:.0%}\n{n[r,c]}', ha='center', va='center', size=7.5)
     ax.set_xticks(range(len(ratios)-1), [range_name(*e) for e in zip(ratios, ratios[1:])])
     ax.set_yticks(range(len(sides)-1), [range_name(*e, ' px') for e in zip(sides, sides[1:])])
-    ax.set(xlabel='height : width', title=f'{title}: {cover.recall:.1%}'); ax.tick_params(length=0)
+    ax.set(xlabel='height : width', title=f'{title}: {cover.recall:.1%}')
+    ax.tick_params(length=0, labelsize=7.5)

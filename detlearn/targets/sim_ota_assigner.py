@@ -14,8 +14,8 @@ from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, Predictions, Priors
 from ..core.boxes import box_iou, box_centers
 from .iou import columns, taking_part, highest, TopBlocks
-from .max_iou_assigner import BaseAssigner, pack
-from .atss_assigner import take_priors, depth_inside
+from .max_iou_assigner import BaseAssigner, needs_preds, pack
+from .atss_assigner import crosswise, take_priors, depth_inside
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #9b802514
 def points_of(
@@ -37,8 +37,7 @@ def depth_near(
     boxes,    # `(..., G, 4)` xyxy
 )->Tensor:    # `(..., G, P)`; 0 on the edge, negative outside
     "How deep each box's centre lies in the square around each point."
-    x,y,rx,ry = torch.cat([points, reach], -1).mT.contiguous()[..., None, :, :].unbind(-2)  # (..., 1, P)
-    cx,cy = box_centers(boxes)[..., None].unbind(-2)                                        # (..., G, 1)
+    (x,y,rx,ry),(cx,cy) = crosswise(torch.cat([points, reach], -1), box_centers(boxes))
     depth = lambda p, c, r: torch.minimum((c-r).sub_(p).neg_(), (c+r).sub_(p))  # p - (c-r), (c+r) - p
     return torch.minimum(depth(x, cx, rx), depth(y, cy, ry))
 
@@ -215,8 +214,7 @@ class SimOTAAssigner(BaseAssigner):
         preds=None,  # `Predictions`, `extras['boxes']` `(..., P, 4)` xyxy, pixels
     )->AssignResult: # `max_overlaps`: IoU of the predicted box with its owner, -1e5 without one
         "Candidates, prices, numbers, owners."
-        if preds is None:
-            raise ValueError('SimOTAAssigner looks at predictions: call assign(priors, gt, preds).')
+        needs_preds(self, preds)
         P,where = priors.boxes.shape[-2],torch.cat(points_of(priors), -1)
         def some(pick):
             return self.prices(some_priors(where, priors.valid, pick), gt, some_predictions(preds, pick))

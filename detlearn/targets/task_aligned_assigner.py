@@ -11,9 +11,10 @@ from torch import Tensor
 from ..core.registry import BBOX_ASSIGNERS
 from ..core.boxes import box_iou, box_centers
 from ..core.structures import AssignResult
-from .max_iou_assigner import BaseAssigner, pack
+from .max_iou_assigner import BaseAssigner, needs_preds, pack
 from .iou import columns, taking_part, top_of_parts
-from .atss_assigner import take_priors, highest_bid, points_inside
+from .atss_assigner import highest_bid, points_inside
+from .atss_assigner import candidates_inside, candidates_overlap
 from .sim_ota_assigner import own_class, some_priors, some_predictions
 
 # %% ../../nbs/06_targets/17_task_aligned_assigner.ipynb #85b76957
@@ -76,11 +77,9 @@ class TaskAlignedAssigner(BaseAssigner):
         preds=None,  # `Predictions`, `extras['boxes']` `(..., P, 4)` xyxy, pixels
     )->AssignResult: # with `extras['assign_metrics']` `(..., P)`
         "Best numbers, centre inside, larger IoU wins."
-        if preds is None:
-            raise ValueError('TaskAlignedAssigner looks at predictions: call assign(priors, gt, preds).')
+        needs_preds(self, preds)
         number,metric,iou = self.candidates(priors, gt, preds)  # (..., G, K)
-        centres = take_priors(box_centers(priors.boxes), number)
-        inside = points_inside(centres, gt.boxes[..., None, :], .01)[..., 0, :]
+        inside = candidates_inside(box_centers(priors.boxes), gt.boxes, number)
         bid = torch.where((metric > 0) & inside, iou, -torch.inf)
         codes,best = highest_bid(bid, number, priors.boxes.shape[-2])
         res = pack(codes, best.clamp(min=-1e8), gt, priors.valid)
@@ -100,8 +99,7 @@ class TaskAlignedAssigner(BaseAssigner):
             return self.metrics(some, gt, some_predictions(preds, pick))
         value,number = top_of_parts(metric, columns(boxes, gt.boxes.shape[-2]), self.topk, True)
         value = value.masked_fill(~gt.real[..., None], -1)  # padding, crowds
-        iou = self.iou_calculator(gt.boxes[..., None, :], take_priors(boxes, number))[..., 0, :]
-        return number,value,iou
+        return number,value,candidates_overlap(self.iou_calculator, gt.boxes, boxes, number)
 
     def explain(self,
         priors,  # as in `assign`
