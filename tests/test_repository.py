@@ -101,7 +101,7 @@ def test_public_names(page):
             assert f.name == '__init__' or ast.get_docstring(f), f'{page.name}: {n.name}.{f.name} has no docstring'
 
 
-NOT_YET = '03_layers/08_summary', '14_engine/'  # pages whose docments are still to be written
+NOT_YET = '03_layers/08_summary',  # pages whose docments are still to be written
 
 
 def own_nodes(f):
