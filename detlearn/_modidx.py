@@ -2580,6 +2580,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                'detlearn/engine/dilation_search.py'),
                                                  'detlearn.engine.dilation_search.expand_rates': ( '14_engine/dilation_search.html#expand_rates',
                                                                                                    'detlearn/engine/dilation_search.py'),
+                                                 'detlearn.engine.dilation_search.read_search': ( '14_engine/dilation_search.html#read_search',
+                                                                                                  'detlearn/engine/dilation_search.py'),
                                                  'detlearn.engine.dilation_search.read_structure': ( '14_engine/dilation_search.html#read_structure',
                                                                                                      'detlearn/engine/dilation_search.py'),
                                                  'detlearn.engine.dilation_search.same_padding': ( '14_engine/dilation_search.html#same_padding',

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEARCH', 'MODES', 'expand_rates', 'same_padding', 'Conv2dRFSearchOp', 'set_dilation', 'wrap_convs', 'searching',
-           'structure_of', 'apply_structure', 'RFSearchHook', 'close_in', 'write_structure', 'read_structure']
+           'structure_of', 'apply_structure', 'read_search', 'RFSearchHook', 'close_in', 'write_structure',
+           'read_structure']
 
 # %% ../../nbs/14_engine/14b_dilation_search.ipynb #7da36384
 import json
@@ -134,23 +135,33 @@ def apply_structure(
 # %% ../../nbs/14_engine/14b_dilation_search.ipynb #fac2e5a4
 MODES = 'search','fixed_single_branch','fixed_multi_branch'
 
+def read_search(
+    mode:str,    # one of `MODES`
+    config:dict, # `dict(search=dict(...))`, any part of `SEARCH`
+    file,        # JSON of a search, or None
+)->dict:         # all of `SEARCH`, with the settings of `config`
+    "The settings of a search; a `ValueError` for what can't be meant."
+    own = dict(config.get('search') or {})
+    if mode not in MODES: raise ValueError(f'RFSearchHook has mode={mode!r}{nearest(mode, MODES)}')
+    check_keys(own, SEARCH, 'RFSearchHook: config.search')
+    if mode != 'search' and not file:
+        raise ValueError(f'RFSearchHook: mode={mode!r} needs rfstructure_file, the JSON that a search '
+                         'leaves in its work directory.')
+    return {**SEARCH, **own}
+
+# %% ../../nbs/14_engine/14b_dilation_search.ipynb #5742bdef
 @HOOKS.register_module()
 class RFSearchHook(Hook):
     "Search for dilations, or use those that a search has found."
     def __init__(self,
-        mode:str='search',       # or use a file: `'fixed_single_branch'`; `'fixed_multi_branch'` mixes on
+        mode:str='search',       # or, with a file, `'fixed_single_branch'` or `'fixed_multi_branch'`
         config:dict={},          # `dict(search=dict(...))`, see `SEARCH`
         rfstructure_file=None,   # JSON of a search; needed by both `fixed` modes
         by_epoch:bool=True,      # steps are epochs, or iterations
         verbose:bool=True,       # say what is found
     ):
-        own = dict(config.get('search') or {})
-        if mode not in MODES: raise ValueError(f'RFSearchHook has mode={mode!r}{nearest(mode, MODES)}')
-        check_keys(own, SEARCH, 'RFSearchHook: config.search')
-        if mode != 'search' and not rfstructure_file:
-            raise ValueError(f'RFSearchHook: mode={mode!r} needs rfstructure_file, the JSON that a search '
-                             'leaves in its work directory.')
-        self.mode,self.cfg,self.by_epoch,self.verbose = mode,{**SEARCH, **own},by_epoch,verbose
+        self.cfg = read_search(mode, config, rfstructure_file)
+        self.mode,self.by_epoch,self.verbose = mode,by_epoch,verbose
         self.structure = read_structure(rfstructure_file) if rfstructure_file else {}
         self.done,self.model = self.cfg['step'],None
 
@@ -193,7 +204,7 @@ class RFSearchHook(Hook):
         self.model = runner.model
         if not self.by_epoch: self.step(runner)
 
-    def state_dict(self)->dict: # `done`, and `rates` `{name: [(d, d), ...]}`; empty before the first step
+    def state_dict(self)->dict: # `done`, `rates` `{name: [(d, d), ...]}`; empty before the first step
         "Distances of each convolution, and how many steps were done."
         ops = {} if self.model is None else searching(self.model)
         rates = {n: m.dilation_rates for n,m in ops.items()}
