@@ -440,6 +440,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                              'detlearn/backbones/resnet.py'),
                                            'detlearn.backbones.resnet.check_resnet': ( '04_backbones/resnet.html#check_resnet',
                                                                                        'detlearn/backbones/resnet.py'),
+                                           'detlearn.backbones.resnet.check_stages': ( '04_backbones/resnet.html#check_stages',
+                                                                                       'detlearn/backbones/resnet.py'),
                                            'detlearn.backbones.resnet.chosen_maps': ( '04_backbones/resnet.html#chosen_maps',
                                                                                       'detlearn/backbones/resnet.py'),
                                            'detlearn.backbones.resnet.deep_stem': ( '04_backbones/resnet.html#deep_stem',

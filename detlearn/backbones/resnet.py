@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'ResBlock', 'BasicBlock', 'middle_cfg', 'Bottleneck', 'res_layer', 'deep_stem', 'Freezable', 'start_weights',
-           'check_resnet', 'stage_plugins', 'chosen_maps', 'ResNet', 'ResNetV1d']
+           'check_stages', 'check_resnet', 'stage_plugins', 'chosen_maps', 'ResNet', 'ResNetV1d']
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #747f3c29
 from torch import nn, Tensor
@@ -125,9 +125,7 @@ class Bottleneck(ResBlock):
         with_cp=False,   # see `ResBlock.forward`
         conv_cfg=None,   # recipe of the convolutions
         norm_cfg=dict(type='BN'), # recipe of the norms
-        # recipe of the 3×3, e.g. `dict(type='DCN',
-        # deform_groups=1)`; with `fallback_on_stride` it is ordinary
-        dcn=None,
+        dcn=None,        # recipe of a deformable 3×3, e.g. `dict(type='DCN', deform_groups=1)`
         plugins=None,    # `(place, recipe)`: behind which convolution, 1 to 3
         width:int=None,  # channels inside; default: `planes`
         groups:int=1,    # of the 3×3
@@ -181,8 +179,8 @@ def deep_stem(
     return nn.Sequential(*layers)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #7c7026a0
+# depth: block, blocks of each stage
 ARCHS = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)),
-         # depth: block, blocks of each stage
          101: (Bottleneck, (3, 4, 23, 3)), 152: (Bottleneck, (3, 8, 36, 3))}
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #86ab127d
@@ -227,22 +225,36 @@ def start_weights(
         if w is not None: nn.init.zeros_(w)                     # an instance norm has none
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #c2066f35
-def check_resnet(
-    archs,       # depth: block, blocks of each stage
-    depth,       # must be a key of `archs`
-    num_stages,  # 1 to 4
-    out_indices, # below `num_stages`
-    plugins,     # `dict(cfg=, stages=, position=)`s or None
+def check_stages(
+    num_stages:int,    # 1 to 4
+    out_indices,       # stages whose maps are given, 0 to `num_stages-1`
+    frozen_stages:int, # -1 to `num_stages`
+    **lists,           # settings with a value for each stage
 ):
-    "Settings that have no answer get a sentence."
+    "Settings of stages that have no answer get a sentence."
+    if not 1 <= num_stages <= 4: raise ValueError(f'ResNet: num_stages={num_stages}; choose 1 to 4')
+    if not out_indices or not set(out_indices) <= set(range(num_stages)):
+        raise ValueError(f'ResNet: out_indices={out_indices} for num_stages={num_stages}; '
+                         f'choose from {list(range(num_stages))}')
+    if frozen_stages not in range(-1, num_stages+1):
+        raise ValueError(f'ResNet: frozen_stages={frozen_stages}; choose -1 to {num_stages}')
+    for name,values in lists.items():
+        if len(values) < num_stages:
+            raise ValueError(f'ResNet: {name}={values} for num_stages={num_stages}; give one a stage')
+
+def check_resnet(
+    archs,          # depth: block, blocks of each stage
+    depth,          # must be a key of `archs`
+    num_stages:int, # 1 to 4
+    plugins,        # `dict(cfg=, stages=, position=)`s or None
+):
+    "A depth or a plug-in that has no answer gets a sentence."
     if depth not in archs: raise ValueError(f'ResNet: depth={depth}; choose from {sorted(archs)}')
-    if not 1 <= num_stages <= 4 or max(out_indices) >= num_stages:
-        raise ValueError(f'ResNet: out_indices={out_indices} for num_stages={num_stages}')
     for p in plugins or ():
         if p.get('position') not in ('after_conv1', 'after_conv2', 'after_conv3') or 'cfg' not in p:
             raise ValueError(f"ResNet: plugin {p} needs a cfg and a position, 'after_conv1', "
                              "'after_conv2' or 'after_conv3'")
-        if 'stages' in p and len(p['stages']) != num_stages:
+        if p.get('stages') is not None and len(p['stages']) != num_stages:
             raise ValueError(f"ResNet: plugin stages={p['stages']} for num_stages={num_stages}; give "
                              "one a stage")
 
@@ -297,7 +309,9 @@ class ResNet(Freezable):
         init_cfg=None,             # where weights come from
     ):
         super().__init__()
-        check_resnet(self.archs, depth, num_stages, out_indices, plugins)
+        check_resnet(self.archs, depth, num_stages, plugins)
+        check_stages(num_stages, out_indices, frozen_stages, strides=strides, dilations=dilations,
+                     stage_with_dcn=stage_with_dcn if dcn else (None,)*num_stages)
         block,blocks = self.archs[depth]
         self.out_indices,self.frozen_stages = out_indices,frozen_stages
         self.norm_eval,self.deep_stem = norm_eval,deep_stem
