@@ -30,19 +30,19 @@ class PAFPN(FPN):
         in_channels:list,              # channels of each map of the backbone
         out_channels:int,              # channels of each output
         num_outs:int,                  # number of outputs
-        start_level:int=0, end_level:int=-1, # first and last map that are used; -1: all
-        add_extra_convs=False,         # as in `FPN`
-        relu_before_extra_convs=False, # as in `FPN`
-        no_norm_on_lateral=False,      # as in `FPN`
+        start_level:int=0,             # first map that is used
+        end_level:int=-1,              # last map that is used; -1: all
+        add_extra_convs=False,         # how levels beyond the backbone's are made, as in `FPN`
+        relu_before_extra_convs=False, # activation before extra convolutions but the first
+        no_norm_on_lateral=False,      # norm only in the other convolutions
         conv_cfg=None, norm_cfg=None, act_cfg=None, # recipes of the convolutions
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         super().__init__(in_channels, out_channels, num_outs, start_level, end_level, add_extra_convs,
-                         relu_before_extra_convs,
-                         no_norm_on_lateral, conv_cfg, norm_cfg, act_cfg, init_cfg=init_cfg)
+                         relu_before_extra_convs, no_norm_on_lateral, **cfg, init_cfg=init_cfg)
         steps = len(self.lateral_convs) - 1
-        brick = lambda stride: ConvModule(out_channels, out_channels, 3, stride, 1, conv_cfg=conv_cfg,
-                                          norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
+        brick = lambda stride: ConvModule(out_channels, out_channels, 3, stride, 1, inplace=False, **cfg)
         self.downsample_convs = nn.ModuleList(brick(2) for _ in range(steps))
         self.pafpn_convs = nn.ModuleList(brick(1) for _ in range(steps))
         initialize(nn.ModuleList([self.downsample_convs, self.pafpn_convs]), init_cfg)
@@ -54,5 +54,5 @@ class PAFPN(FPN):
         used,laterals = self.merged(inputs)
         ups = bottom_up([conv(x) for conv,x in zip(self.fpn_convs, laterals)], self.downsample_convs)
         outs = ups[:1] + [conv(x) for conv,x in zip(self.pafpn_convs, ups[1:])]
-        return self.extend(outs,
-                           dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1]))
+        source = dict(on_input=used[-1], on_lateral=laterals[-1]).get(self.mode, outs[-1])
+        return self.extend(outs, source)
