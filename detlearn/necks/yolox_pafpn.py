@@ -36,9 +36,10 @@ class YOLOXPAFPN(nn.Module):
         num_csp_blocks:int=3,        # blocks of each CSP layer
         use_depthwise:bool=False,    # separable 3×3
         upsample_cfg=dict(scale_factor=2, mode='nearest'), # see `enlarge`
-        # recipes
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
-        # start
+        conv_cfg=None,               # recipe of the convolutions
+        norm_cfg=dict(type='BN', momentum=.03, eps=.001),  # recipe of the norms
+        act_cfg=dict(type='Swish'),  # recipe of the activations
+        # start of the weights
         init_cfg=dict(type='Kaiming', layer='Conv2d', a=math.sqrt(5), distribution='uniform',
                       mode='fan_in', nonlinearity='leaky_relu'),
     ):
@@ -47,11 +48,11 @@ class YOLOXPAFPN(nn.Module):
         c,cfg = self.in_channels,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         csp = lambda a,b: CSPLayer(a, b, num_blocks=num_csp_blocks, add_identity=False,
                                    use_depthwise=use_depthwise, **cfg)
+        half = lambda a: conv_kind(use_depthwise)(a, a, 3, stride=2, padding=1, **cfg)
         steps = list(zip(c, c[1:]))                                   # (finer, coarser)
         self.reduce_layers = nn.ModuleList(ConvModule(b, a, 1, **cfg) for a,b in steps[::-1])
         self.top_down_blocks = nn.ModuleList(csp(2*a, a) for a,_ in steps[::-1])
-        self.downsamples = nn.ModuleList(conv_kind(use_depthwise)(a, a, 3, stride=2, padding=1, **cfg)
-                                         for a,_ in steps)
+        self.downsamples = nn.ModuleList(half(a) for a,_ in steps)
         self.bottom_up_blocks = nn.ModuleList(csp(2*a, b) for a,b in steps)
         self.out_convs = nn.ModuleList(ConvModule(a, out_channels, 1, **cfg) for a in c)
         initialize(self, init_cfg)
