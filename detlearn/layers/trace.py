@@ -58,13 +58,22 @@ class Trace(TorchFunctionMode):
         self.edges += [(s, name) for s in sources]
         self.call(out, name)
 
+    def rearranged(self,
+        kind:str,         # one of `STEPS`
+        sources,          # names of the steps whose results it used
+        out:torch.Tensor, # its result
+    )->bool:              # True for pixels that were moved into channels
+        "Whether parts of one map were joined to a map of another size."
+        return kind == 'concat' and len(sources) == 1 and out.shape[2:] != self.nodes[sources[0]][1][1:]
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         if self.inside or not outs: return out
         sources = self.sources((args, kwargs))
         kind = STEPS.get(getattr(func, '__name__', '').strip('_'))
-        if kind and (len(sources) > 1 or kind in MOVES): self.add(outs[0], kind, sources)
+        if kind and (len(sources) > 1 or kind in MOVES or self.rearranged(kind, sources, outs[0])):
+            self.add(outs[0], kind, sources)
         elif sources:
             for t in outs: self.call(t, sources[0])                # a view, a part, an activation
         return out
