@@ -70,8 +70,8 @@ class Darknet(Freezable):
             raise ValueError(f'Darknet: out_indices={out_indices}; stages are 0 to 5')
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
         self.init_cfg = weights_from(pretrained, init_cfg)
-        cfg,(blocks,channels) = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg,
-                                     act_cfg=act_cfg),self.archs[depth]
+        cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        blocks,channels = self.archs[depth]
         self.conv1 = ConvModule(3, 32, 3, padding=1, **cfg)
         for i,(n,(a,b)) in enumerate(zip(blocks, channels), 1):
             self.add_module(f'conv_res_block{i}', darknet_stage(a, b, n, **cfg))

@@ -22,10 +22,9 @@ def change_last(
     norm_cfg,         # recipe of the norms
 )->nn.Sequential:     # its blocks
     "Blocks in a row; the last one changes the channels."
-    before = (res_layer(BasicBlock, in_channels, in_channels, blocks-1, norm_cfg=norm_cfg) if blocks > 1
-              else [])
-    return nn.Sequential(*before,
-                         *res_layer(BasicBlock, in_channels, out_channels, 1, norm_cfg=norm_cfg))
+    layer = lambda c,n: res_layer(BasicBlock, in_channels, c, n, norm_cfg=norm_cfg)
+    before = layer(in_channels, blocks-1) if blocks > 1 else []
+    return nn.Sequential(*before, *layer(out_channels, 1))
 
 # %% ../../nbs/04_backbones/08_hourglass.ipynb #656adee4
 class HourglassModule(nn.Module):
@@ -35,8 +34,7 @@ class HourglassModule(nn.Module):
         stage_channels,       # of each size, largest first; `depth + 1` of them are used
         stage_blocks,         # blocks of each size
         norm_cfg=dict(type='BN', requires_grad=True), # recipe of the norms
-        # for `F.interpolate`; without `scale_factor` the finer size is taken
-        upsample_cfg=dict(mode='nearest'),
+        upsample_cfg=dict(mode='nearest'), # of `F.interpolate`; default size: that of the way around
         init_cfg=None,        # start of the weights
     ):
         super().__init__()
@@ -80,7 +78,7 @@ class HourglassNet(nn.Module):
         stage_channels=(256, 256, 384, 384, 384, 512), # of each size, `downsample_times + 1`
         stage_blocks=(2, 2, 2, 2, 2, 4), # blocks of each size
         feat_channel:int=256,    # of the maps given
-        norm_cfg=dict(type='BN', requires_grad=True), # recipe of the norms
+        norm_cfg=dict(type='BN', requires_grad=True), # of the norms outside the hourglasses
         pretrained=None, init_cfg=None, # where weights come from
     ):
         super().__init__()
@@ -90,8 +88,8 @@ class HourglassNet(nn.Module):
         brick = lambda a,b,*args,**kw: ConvModule(a, b, *args, norm_cfg=norm_cfg, **kw)
         self.stem = nn.Sequential(brick(3, c//2, 7, padding=3, stride=2),
                                   res_layer(BasicBlock, c//2, c, 1, 2, norm_cfg=norm_cfg))
-        self.hourglass_modules = nn.ModuleList(HourglassModule(downsample_times, stage_channels,
-                                                               stage_blocks) for _ in range(k))
+        glass = lambda: HourglassModule(downsample_times, stage_channels, stage_blocks)
+        self.hourglass_modules = nn.ModuleList(glass() for _ in range(k))
         self.inters = res_layer(BasicBlock, c, c, k-1, norm_cfg=norm_cfg) if k > 1 else nn.Sequential()
         self.conv1x1s = nn.ModuleList(brick(c, c, 1, act_cfg=None) for _ in range(k-1))
         self.out_convs = nn.ModuleList(brick(c, feat_channel, 3, padding=1) for _ in range(k))
