@@ -111,15 +111,14 @@ def make_divisible(
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #27afb681
 # kind, kernel, squeeze (0: none), stride, expansion, channels, blocks
 PLAIN = [('ir', 3, 4, 1, 1, 16, 1), ('ir', 3, 4, 2, 6, 24, 2), ('ir', 5, 4, 2, 6, 40, 2),
-         ('ir', 3, 4, 2, 6, 80, 3),
-         ('ir', 5, 4, 1, 6, 112, 3), ('ir', 5, 4, 2, 6, 192, 4), ('ir', 3, 4, 1, 6, 320, 1)]
+         ('ir', 3, 4, 2, 6, 80, 3), ('ir', 5, 4, 1, 6, 112, 3), ('ir', 5, 4, 2, 6, 192, 4),
+         ('ir', 3, 4, 1, 6, 320, 1)]
 EDGE = [('edge', 3, 0, 1, 3, 24, 1), ('edge', 3, 0, 2, 8, 32, 2), ('edge', 3, 0, 2, 8, 48, 4),
-        ('ir', 5, 0, 2, 8, 96, 5),
-        ('ir', 5, 0, 1, 8, 144, 4), ('ir', 5, 0, 2, 8, 192, 2)]
+        ('ir', 5, 0, 2, 8, 96, 5), ('ir', 5, 0, 1, 8, 144, 4), ('ir', 5, 0, 2, 8, 192, 2)]
 LITE = [(kind, kernel, 0, *rest) for kind,kernel,_,*rest in PLAIN]
+# name: width, depth
 SCALES = dict(b0=(1., 1.), b1=(1., 1.1), b2=(1.1, 1.2), b3=(1.2, 1.4), b4=(1.4, 1.8), b5=(1.6, 2.2),
-              b6=(1.8, 2.6), b7=(2., 3.1), b8=(2.2, 3.6),
-              es=(1., 1.), em=(1., 1.1), el=(1.2, 1.4)) # name: width, depth
+              b6=(1.8, 2.6), b7=(2., 3.1), b8=(2.2, 3.6), es=(1., 1.), em=(1., 1.1), el=(1.2, 1.4))
 LITE_SCALES = dict(lite0=(1., 1.), lite1=(1., 1.1), lite2=(1.1, 1.2), lite3=(1.2, 1.4), lite4=(1.4, 1.8))
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #d4fc2b3c
@@ -128,8 +127,7 @@ def plan(
     width:float,  # factor of the channels
     depth:float,  # factor of the blocks of a stage
     fixed=(),     # numbers of the stages whose blocks are not multiplied
-    # layers 1 to 5: each a list of blocks `(kind, kernel, squeeze, stride, expansion, channels)`
-)->list:
+)->list:         # layers 1 to 5, each a list of `(kind, kernel, squeeze, stride, expansion, channels)`
     "The blocks of each layer; a stage of stride 1 joins the layer before it."
     layers = []
     for i,(kind,kernel,squeeze,stride,expand,channels,n) in enumerate(rows):
@@ -187,8 +185,7 @@ class EfficientNet(Freezable):
         act_cfg=dict(type='Swish'),# recipe of the activations
         norm_eval:bool=False,      # batch norms keep their statistics in training
         with_cp:bool=False,        # save memory, see `InvertedResidual`
-        # start
-        init_cfg=[dict(type='Kaiming', layer='Conv2d'),
+        init_cfg=[dict(type='Kaiming', layer='Conv2d'), # how weights start
                   dict(type='Constant', layer=['_BatchNorm', 'GroupNorm'], val=1)],
     ):
         super().__init__()
