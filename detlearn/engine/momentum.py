@@ -76,7 +76,6 @@ def linear_momentum(
     return linear_annealing_lr(base, t, T, min_momentum, min_momentum_ratio)
 
 # name in `momentum_config`: function
-
 MOMENTA = dict(Step=step_momentum, CosineAnnealing=cosine_momentum, LinearAnnealing=linear_momentum,
                Cyclic=cyclic_momentum, OneCycle=one_cycle_momentum)
 
