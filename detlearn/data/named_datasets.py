@@ -27,13 +27,15 @@ def without_lonely_crowds(
 class CityscapesDataset(CocoDataset):
     "Streets from a car, as converted to COCO's form; 8 classes that can be counted."
     CLASSES,PALETTE = tuple(CITYSCAPES),list(CITYSCAPES.values())
+    evaluator = 'CityscapesMetric'
 
     def to_lists(self,
         found, # of `load_annotations`
     )->dict:   # images, annotations, categories
         "COCO's lists; in training without photos that hold nothing but crowds."
-        whole = self.test_mode or not self.filter_empty_gt or not isinstance(found, dict)
-        return found if whole or not isinstance(found.get('annotations'), list) else without_lonely_crowds(found)
+        if self.test_mode or not self.filter_empty_gt: return found
+        listed = isinstance(found, dict) and isinstance(found.get('annotations'), list)
+        return without_lonely_crowds(found) if listed else found
 
 # %% ../../nbs/02_data/03d_named_datasets.ipynb #501a30e3
 @DATASETS.register_module()
@@ -55,8 +57,10 @@ class Objects365V2Dataset(CocoDataset):
         ann_file, # path of the json
     )->dict:      # images, annotations, categories
         "`images/v1/patch7/a.jpg` lies as `patch7/a.jpg`."
-        last_two = lambda name: str(PurePosixPath(*PurePosixPath(name).parts[-2:]))
-        return read_renamed(ann_file, lambda im: last_two(im['file_name']) if isinstance(im.get('file_name'), str) else None)
+        def last_two(im):
+            name = im.get('file_name')
+            return '/'.join(PurePosixPath(name).parts[-2:]) if isinstance(name, str) else None
+        return read_renamed(ann_file, last_two)
 
 # %% ../../nbs/02_data/03d_named_datasets.ipynb #9ccf4239
 @DATASETS.register_module()
