@@ -8,6 +8,7 @@ __all__ = ['ATTENTION', 'FEEDFORWARD_NETWORK', 'with_old_names', 'with_position'
 
 # %% ../../nbs/03_layers/09_attention.ipynb #dde7957e
 import warnings
+import torch
 from torch import nn, Tensor
 from ..core.registry import Registry, nearest
 from .conv_module import build_activation_layer, look_up
@@ -46,8 +47,9 @@ def position_of_keys(
     "Keys without positions get those of the queries, if the shapes agree."
     if key_pos is not None or query_pos is None: return key_pos
     if query_pos.shape == key.shape: return query_pos
-    warnings.warn(f'keys {tuple(key.shape)} get no positions: those of the queries have another shape, '
-                  f'{tuple(query_pos.shape)}')
+    if not torch.compiler.is_compiling():   # a warning would end a compiled graph
+        warnings.warn(f'keys {tuple(key.shape)} get no positions: those of the queries have another '
+                      f'shape, {tuple(query_pos.shape)}')
 
 # %% ../../nbs/03_layers/09_attention.ipynb #8d56c900
 @ATTENTION.register_module()
@@ -55,24 +57,21 @@ class MultiheadAttention(nn.Module):
     "Attention in several heads, added to what came in (Vaswani et al., 2017)."
     def __init__(self,
         embed_dims:int,         # channels of a token
-        # parts of the channels with weights of their own; must divide `embed_dims`
-        num_heads:int,
+        num_heads:int,          # parts of the channels with their own weights; must divide `embed_dims`
         attn_drop:float=0.,     # dropout of the weights
         proj_drop:float=0.,     # dropout of the result
-        # recipe, acts on the branch before it is added; None: nothing
-        dropout_layer=dict(type='Dropout', drop_prob=0.),
+        dropout_layer=dict(type='Dropout', drop_prob=0.), # recipe, acts on what is added; None: nothing
         init_cfg=None,          # accepted: PyTorch's own start is used, as in the zoo
         batch_first:bool=False, # `(B, N, C)` in place of `(N, B, C)`
-        # of `nn.MultiheadAttention`: `bias`, `kdim`, ...; `dropout` is an old name for two of the above
-        **kwargs,
+        **kwargs,               # of PyTorch's layer: `bias`, `kdim`...; `dropout`: an old name, see below
     ):
         super().__init__()
         if embed_dims % num_heads:
             raise ValueError(f'MultiheadAttention: num_heads={num_heads} does not divide '
                              f'embed_dims={embed_dims}')
-        if 'dropout' in kwargs:
-            attn_drop = with_old_names(dict(dropout=kwargs.pop('dropout')), dict(dropout='attn_drop'),
-                                       'MultiheadAttention')['attn_drop']
+        if 'dropout' in kwargs:             # sets the dropout of the weights and of what is added
+            old = dict(dropout=kwargs.pop('dropout'))
+            attn_drop = with_old_names(old, dict(dropout='attn_drop'), 'MultiheadAttention')['attn_drop']
             dropout_layer = {**(dropout_layer or dict(type='Dropout')), 'drop_prob': attn_drop}
         self.embed_dims,self.num_heads,self.batch_first = embed_dims,num_heads,batch_first
         self.attn = nn.MultiheadAttention(embed_dims, num_heads, attn_drop, **kwargs)
@@ -85,8 +84,7 @@ class MultiheadAttention(nn.Module):
         identity=None,         # `(Q, B, C)` to which the result is added; None: the queries
         query_pos=None,        # `(Q, B, C)` added to the queries
         key_pos=None,          # `(K, B, C)` added to the keys; None: `query_pos`, if its shape fits
-        # `(Q, K)` or `(B·heads, Q, K)`: True must not look, or numbers to be added
-        attn_mask=None,
+        attn_mask=None,        # `(Q, K)` or `(B·heads, Q, K)`: True must not look, or numbers to add
         key_padding_mask=None, # `(B, K)`, True: nobody there
         **kwargs,              # of other attentions, not used
     )->Tensor:                 # `(Q, B, C)`
@@ -95,8 +93,8 @@ class MultiheadAttention(nn.Module):
         value,identity = key if value is None else value,query if identity is None else identity
         key = with_position(key, position_of_keys(key, query_pos, key_pos))
         turn = (lambda t: t.transpose(0, 1)) if self.batch_first else (lambda t: t)
-        said = self.attn(*map(turn, (with_position(query, query_pos), key, value)), key_padding_mask,
-                         False, attn_mask)[0]
+        asked = map(turn, (with_position(query, query_pos), key, value))
+        said = self.attn(*asked, key_padding_mask, False, attn_mask)[0]   # False: no table of weights
         return identity + self.dropout_layer(self.proj_drop(turn(said)))
 
 # %% ../../nbs/03_layers/09_attention.ipynb #8b57c0e8
