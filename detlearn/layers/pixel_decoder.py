@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['C2', 'DEFORMABLE', 'side_convs', 'descend', 'PixelDecoder', 'padding_of', 'mask_at', 'TransformerEncoderPixelDecoder',
-           'level_tokens', 'start_encoder', 'MSDeformAttnPixelDecoder']
+           'level_tokens', 'start_encoder', 'levels_of', 'MSDeformAttnPixelDecoder']
 
 # %% ../../nbs/03_layers/13_pixel_decoder.ipynb #b023cb12
 import torch
@@ -31,6 +31,7 @@ def side_convs(
                            for _ in channels)
     return lateral,output
 
+# %% ../../nbs/03_layers/13_pixel_decoder.ipynb #bb003473
 def descend(
     y,        # `(B, C, h, w)`, the coarsest
     feats,    # maps from the side, finest first
@@ -61,11 +62,10 @@ class PixelDecoder(nn.Module):
         init_cfg=None,        # accepted: convolutions start as in Caffe2
     ):
         super().__init__()
-        self.in_channels = list(in_channels)
-        self.lateral_convs,self.output_convs = side_convs(in_channels[:-1], feat_channels, norm_cfg,
-                                                          act_cfg)
-        self.build_top(in_channels[-1], feat_channels,
-                       dict(padding=1, bias=norm_cfg is None, norm_cfg=norm_cfg, act_cfg=act_cfg))
+        self.in_channels,(*sides,top) = list(in_channels),in_channels
+        self.lateral_convs,self.output_convs = side_convs(sides, feat_channels, norm_cfg, act_cfg)
+        smooth = dict(padding=1, bias=norm_cfg is None, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.build_top(top, feat_channels, smooth)
         self.mask_feature = nn.Conv2d(feat_channels, out_channels, 3, padding=1)
         initialize(self, C2)
 
@@ -86,8 +86,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self,
         feats,             # maps, finest first
-        # `(B, H, W)`, nonzero where there is no picture, at any resolution; None: picture everywhere
-        padding_mask=None,
+        padding_mask=None, # `(B, H, W)` of any resolution, nonzero: no picture there; None: all picture
     )->tuple:              # `mask_feature (B, out_channels, H/4, W/4)`, map for the queries
         "From coarse to fine."
         y,memory = self.top(feats[-1], padding_mask)
@@ -109,8 +108,8 @@ def mask_at(
 )->Tensor:        # `(B, h, w)` bool
     "The padding at the size of a map."
     if padding_mask is None: return torch.zeros_like(x[:, 0], dtype=torch.bool)
-    return F.interpolate(padding_mask[:, None].to(torch.float32), size=x.shape[-2:],
-                         mode='nearest')[:, 0].to(torch.bool)
+    mask = padding_mask[:, None].to(torch.float32)
+    return F.interpolate(mask, size=x.shape[-2:], mode='nearest')[:, 0].to(torch.bool)
 
 # %% ../../nbs/03_layers/13_pixel_decoder.ipynb #492ed065
 @PLUGIN_LAYERS.register_module()
@@ -125,8 +124,7 @@ class TransformerEncoderPixelDecoder(PixelDecoder):
         encoder=None,         # a stack, or its recipe; its tokens have `feat_channels`
         # a part, or its recipe
         positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True),
-        # accepted: convolutions start as in Caffe2, the encoder's matrices as Xavier has it
-        init_cfg=None,
+        init_cfg=None,        # accepted: Caffe2 for convolutions, Xavier for the encoder's matrices
     ):
         super().__init__(in_channels, feat_channels, out_channels, norm_cfg, act_cfg)
         if encoder is None:
@@ -156,8 +154,8 @@ class TransformerEncoderPixelDecoder(PixelDecoder):
         mask = mask_at(padding_mask, x)
         pos,tokens = as_tokens(self.positional_encoding(mask)),as_tokens(self.encoder_in_proj(x))
         nobody = None if padding_mask is None else mask.flatten(1)
-        memory = as_map(self.encoder(tokens, None, None, query_pos=pos, query_key_padding_mask=nobody),
-                        x.shape[-2:])
+        tokens = self.encoder(tokens, None, None, query_pos=pos, query_key_padding_mask=nobody)
+        memory = as_map(tokens, x.shape[-2:])
         return self.encoder_out_proj(memory),memory
 
 # %% ../../nbs/03_layers/13_pixel_decoder.ipynb #b383c3a9
@@ -165,8 +163,9 @@ DEFORMABLE = dict(type='DetrTransformerEncoder', num_layers=6, transformerlayers
     type='BaseTransformerLayer', feedforward_channels=1024, ffn_dropout=0.,
     operation_order=('self_attn', 'norm', 'ffn', 'norm'),
     attn_cfgs=dict(type='MultiScaleDeformableAttention', embed_dims=256, num_heads=8, num_levels=3,
-                   num_points=4, dropout=0., batch_first=False)))
+                   num_points=4, dropout=0., batch_first=False)))   # the zoo's default
 
+# %% ../../nbs/03_layers/13_pixel_decoder.ipynb #35b9d94f
 def level_tokens(
     feats,     # maps to encode, coarsest first
     convs,     # a projection for each
@@ -176,9 +175,10 @@ def level_tokens(
     "Several maps as one row of tokens."
     maps = [conv(x) for conv,x in zip(convs, feats)]
     pos = [position(mask_at(None, x)) + v[:, None, None] for x,v in zip(maps, level)]
-    return (torch.cat([*map(as_tokens, maps)]),torch.cat([*map(as_tokens, pos)]),
-            [tuple(x.shape[-2:]) for x in maps])
+    tokens,pos = (torch.cat([*map(as_tokens, t)]) for t in (maps, pos))
+    return tokens,pos,[tuple(x.shape[-2:]) for x in maps]
 
+# %% ../../nbs/03_layers/13_pixel_decoder.ipynb #9e1ff061
 def start_encoder(
     encoder, # changed in place
 ):
@@ -187,7 +187,18 @@ def start_encoder(
     for m in encoder.modules():
         if isinstance(m, MultiScaleDeformableAttention): m.init_weights()
 
-# %% ../../nbs/03_layers/13_pixel_decoder.ipynb #ba23510c
+def levels_of(
+    encoder,      # a stack of deformable attention
+    most:int,     # maps that there are
+)->int:           # levels that it was made for; `ValueError` if there are fewer maps
+    "How many levels an encoder mixes."
+    n = getattr(encoder.layers[0].attentions[0], 'num_levels', 0)
+    if not 1 <= n <= most:
+        raise ValueError(f'MSDeformAttnPixelDecoder: the encoder is made for {n} levels, there are '
+                         f'{most}; use MultiScaleDeformableAttention with num_levels up to that')
+    return n
+
+# %% ../../nbs/03_layers/13_pixel_decoder.ipynb #5fef2d3d
 @PLUGIN_LAYERS.register_module()
 class MSDeformAttnPixelDecoder(nn.Module):
     "Deformable attention over the coarse levels, an FPN for the fine ones (Cheng et al., 2022)."
@@ -206,18 +217,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
         init_cfg=None,          # accepted: see `start_encoder`
     ):
         super().__init__()
-        encoder = TRANSFORMER_LAYER_SEQUENCE.build(encoder)
-        self.num_encoder_levels = getattr(encoder.layers[0].attentions[0], 'num_levels', 0)
-        self.num_outs = num_outs
-        if not 1 <= self.num_encoder_levels <= len(in_channels):
-            raise ValueError(f'MSDeformAttnPixelDecoder: the encoder is made for '
-                             f'{self.num_encoder_levels} levels, there are {len(in_channels)}; '
-                             'use MultiScaleDeformableAttention with num_levels up to that')
-        top,sides = in_channels[:-self.num_encoder_levels-1:-1],in_channels[:-self.num_encoder_levels]
-        self.input_convs = nn.ModuleList(ConvModule(c, feat_channels, 1, norm_cfg=norm_cfg, act_cfg=None,
-                                                    bias=True) for c in top)
-        self.encoder,self.postional_encoding = encoder,POSITIONAL_ENCODING.build(positional_encoding)
-        self.level_encoding = nn.Embedding(self.num_encoder_levels, feat_channels)
+        self.encoder = TRANSFORMER_LAYER_SEQUENCE.build(encoder)
+        self.postional_encoding = POSITIONAL_ENCODING.build(positional_encoding)
+        self.num_outs,self.num_encoder_levels = num_outs,levels_of(self.encoder, len(in_channels))
+        n,project = self.num_encoder_levels,dict(norm_cfg=norm_cfg, act_cfg=None, bias=True)
+        sides,top = in_channels[:-n],in_channels[:-n-1:-1]   # finest first; coarsest first
+        self.input_convs = nn.ModuleList(ConvModule(c, feat_channels, 1, **project) for c in top)
+        self.level_encoding = nn.Embedding(n, feat_channels)
         self.lateral_convs,self.output_convs = side_convs(sides, feat_channels, norm_cfg, act_cfg)
         self.mask_feature = nn.Conv2d(feat_channels, out_channels, 1)
         initialize(self, C2)
@@ -231,8 +237,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
         tokens,pos,sizes = level_tokens(feats[:-n-1:-1], self.input_convs, self.postional_encoding,
                                         self.level_encoding.weight)
         middles = cell_middles(sizes, pos).expand(tokens.shape[1], -1, -1, -1)
-        tokens = self.encoder(tokens, None, None, query_pos=pos, reference_points=middles,
-                              spatial_shapes=sizes)
+        where = dict(query_pos=pos, reference_points=middles, spatial_shapes=sizes)
+        tokens = self.encoder(tokens, None, None, **where)
         maps = [as_map(t, size) for t,size in zip(tokens.split([h*w for h,w in sizes]), sizes)]
         maps += descend(maps[-1], feats[:-n], self.lateral_convs, self.output_convs, 'bilinear')
         return self.mask_feature(maps[-1]),maps[:self.num_outs]
