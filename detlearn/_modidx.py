@@ -4691,6 +4691,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                            'detlearn/necks/yolo_neck.py'),
                                           'detlearn.necks.yolo_neck.block_plan': ( '05_necks/yolo_neck.html#block_plan',
                                                                                    'detlearn/necks/yolo_neck.py'),
+                                          'detlearn.necks.yolo_neck.check_maps': ( '05_necks/yolo_neck.html#check_maps',
+                                                                                   'detlearn/necks/yolo_neck.py'),
                                           'detlearn.necks.yolo_neck.joined': ( '05_necks/yolo_neck.html#joined',
                                                                                'detlearn/necks/yolo_neck.py')},
             'detlearn.necks.yolox_pafpn': { 'detlearn.necks.yolox_pafpn.YOLOXPAFPN': ( '05_necks/yolox_pafpn.html#yoloxpafpn',
