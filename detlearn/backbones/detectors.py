@@ -71,8 +71,8 @@ class SAC(ConvAWS):
     )->Tensor: # `(B, C_out, H', W')`
         "Context, switch, two looks, context."
         x = add_mean(x, self.pre_context)
-        near_mean = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode='reflect' if min(x.shape[2:]) > 2
-                                       else 'replicate'), 5, 1)
+        mode = 'reflect' if min(x.shape[2:]) > 2 else 'replicate'
+        near_mean = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode=mode), 5, 1)
         switch,weight = self.switch(near_mean),self.scaled(self.weight)
         near = self.look(x, near_mean, weight, getattr(self, 'offset_s', None), 1)
         far  = self.look(x, near_mean, weight + self.weight_diff, getattr(self, 'offset_l', None), 3)
@@ -87,7 +87,10 @@ class AdvisedBottleneck(Bottleneck):
         *args,              # further ones of `Bottleneck`
         sac=None,           # recipe of the 3×3, or None
         rfp_inplanes=None,  # channels of the neck's maps, or None
-        dcn=None, groups:int=1, base_width:int=4, base_channels:int=64, # of the 3×3; `sac` comes first
+        dcn=None,           # recipe of the 3×3; `sac` comes first
+        groups:int=1,       # paths of the 3×3
+        base_width:int=4,   # channels of a path in the first stage
+        base_channels:int=64, # of the net
         **kwargs,           # of `Bottleneck`
     ):
         width = group_width(planes, groups, base_width, base_channels)
@@ -103,7 +106,7 @@ class AdvisedBottleneck(Bottleneck):
         y = self.residual(x)
         return F.relu(y if self.rfp_conv is None or advice is None else y + self.rfp_conv(advice))
 
-# %% ../../nbs/04_backbones/16_detectors.ipynb #14c9bb6d
+# %% ../../nbs/04_backbones/16_detectors.ipynb #60e588f1
 @BACKBONES.register_module()
 class DetectoRS_ResNet(ResNet):
     "ResNet with SAC, that can be run again with what a neck found."
@@ -113,7 +116,8 @@ class DetectoRS_ResNet(ResNet):
         stage_with_sac=(False, False, False, False), # where it is used
         rfp_inplanes=None,   # channels of the neck's maps
         output_img:bool=False, # give the image itself as the first map: the neck runs this net again
-        pretrained=None, init_cfg=None, # where weights come from
+        pretrained=None,     # file or address of weights
+        init_cfg=None,       # where weights come from
         **kwargs,            # of `ResNet`
     ):
         self.sac,self.stage_with_sac = sac,stage_with_sac
@@ -131,8 +135,8 @@ class DetectoRS_ResNet(ResNet):
     )->nn.Sequential:    # its blocks
         "A stage with its SAC, and advice for its first block."
         sac = self.sac if self.stage_with_sac[stage] else None
-        return res_layer(*args, first=dict(rfp_inplanes=self.rfp_inplanes if stage else None), sac=sac,
-                         **kwargs)
+        first = dict(rfp_inplanes=self.rfp_inplanes if stage else None)
+        return res_layer(*args, first=first, sac=sac, **kwargs)
 
     def forward(self,
         x,       # `(B, 3, H, W)`
@@ -146,8 +150,8 @@ class DetectoRS_ResNet(ResNet):
         advice,  # one map for each stage, from a neck; the first is not used
     )->tuple:    # maps of `out_indices`
         "The second look, with advice."
-        x = (self.stem(x) if self.deep_stem else F.relu(getattr(self, self.norm1_name)(self.conv1(x)),
-                                                        inplace=True))
+        if self.deep_stem: x = self.stem(x)
+        else: x = F.relu(getattr(self, self.norm1_name)(self.conv1(x)), inplace=True)
         x,outs = self.maxpool(x),[]
         for i,name in enumerate(self.res_layers):
             for block in getattr(self, name): x = block.rfp_forward(x, advice[i] if i else None)
