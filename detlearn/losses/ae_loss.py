@@ -9,8 +9,8 @@ __all__ = ['pad_matches', 'tags_at', 'ae_loss_per_image', 'AssociativeEmbeddingL
 import warnings
 import torch
 from torch import nn, Tensor
+from ..core.boxes import full_precision
 from ..core.registry import LOSSES
-from .reduce import at_least_float32
 
 # %% ../../nbs/07_losses/15_ae_loss.ipynb #88ed5726
 def pad_matches(
@@ -40,16 +40,16 @@ def ae_loss_per_image(
 )->tuple:            # pull and push, each `(B,)`
     "How far an object's two tags are apart, and how near those of others (Newell et al., 2017)."
     if tl_preds.shape[1] > 1:
-        warnings.warn('more than one channel of tags: each counts as an object of its own, as in the '
-                      'zoo')
+        warnings.warn('more than one channel of tags: '
+                      'each counts as an object of its own, as in the zoo')
     match = pad_matches(match, tl_preds.device)
-    used = (match[:, :, 0, 0] >= 0).repeat_interleave(tl_preds.shape[1], 1)             # (B, n)
+    used = (match[:, :, 0, 0] >= 0).repeat_interleave(tl_preds.shape[1], 1)  # (B, n)
     tags = tags_at(tl_preds, match[:, :, 0]),tags_at(br_preds, match[:, :, 1])
-    first,last = (at_least_float32(t).masked_fill(~used, 0) for t in tags)
+    first,last = (full_precision(t).masked_fill(~used, 0) for t in tags)
     centre,n = (first+last)/2,used.sum(1)
     pull = ((first-centre)**2 + (last-centre)**2).sum(1)/n.clamp(min=1)
-    pair = used[:, :, None] & used[:, None] & ~torch.eye(used.shape[1], dtype=torch.bool,
-                                                         device=used.device)
+    itself = torch.eye(used.shape[1], dtype=torch.bool, device=used.device)
+    pair = used[:, :, None] & used[:, None] & ~itself
     near = (1 - (centre[:, :, None]-centre[:, None]).abs()).clamp(min=0)
     return pull,(near*pair).sum((1, 2))/(n*(n-1)).clamp(min=1)
 

@@ -11,8 +11,9 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from ..core.boxes import full_precision
 from ..core.registry import LOSSES
-from .reduce import weight_reduce_loss, only_used, at_least_float32, choose_reduction
+from .reduce import weight_reduce_loss, only_used, choose_reduction
 
 # %% ../../nbs/07_losses/01_cross_entropy.ipynb #54cb1e20
 def one_hot(
@@ -31,17 +32,17 @@ def count_used(
 
 # %% ../../nbs/07_losses/01_cross_entropy.ipynb #28660563
 def check_shapes(
-    pred:Tensor,   # `(..., C)` scores
-    label:Tensor,  # `(...)`, or `(..., C)` where `per_class` allows it
+    pred:Tensor,     # `(..., C)` scores
+    label:Tensor,    # `(...)`, or `(..., C)` where `per_class` allows it
     per_class=False, # yes and no for each class is allowed
-):
+):                   # nothing, or `ValueError`
     "An error, unless there is one label for each row of scores."
     fits = label.shape == pred.shape[:-1] or per_class and label.shape == pred.shape
     if fits: return
     wanted = f'{tuple(pred.shape[:-1])}' + (f' or {tuple(pred.shape)}' if per_class else '')
     raise ValueError(f'labels of shape {tuple(label.shape)} do not fit scores of shape '
-                     f'{tuple(pred.shape)}: expected '
-                     f'{wanted}. Classes stand last; for maps (B, C, H, W) pass pred.movedim(1, -1).')
+                     f'{tuple(pred.shape)}: expected {wanted}. '
+                     'Classes stand last; for maps (B, C, H, W) pass pred.movedim(1, -1).')
 
 # %% ../../nbs/07_losses/01_cross_entropy.ipynb #e5704c14
 def cross_entropy(
@@ -61,7 +62,7 @@ def cross_entropy(
         avg_factor = count_used(label != ignore_index)
     if weight is not None:
         pred,label = only_used(pred, weight[..., None]),label.masked_fill(weight == 0, ignore_index)
-    rows = at_least_float32(pred).reshape(-1, pred.shape[-1])
+    rows = full_precision(pred).reshape(-1, pred.shape[-1])
     factors = None if class_weight is None else class_weight.to(rows)
     loss = F.cross_entropy(rows, label.reshape(-1).long(), factors, reduction='none',
                            ignore_index=ignore_index)
@@ -99,7 +100,7 @@ def binary_cross_entropy(
     target,weight,valid = yes_no_targets(label, weight, pred.shape[-1], ignore_index,
                                          label.dim() < pred.dim())
     if avg_non_ignore and avg_factor is None and reduction == 'mean': avg_factor = count_used(valid)
-    pred = at_least_float32(only_used(pred, weight))
+    pred = full_precision(only_used(pred, weight))
     factors = None if class_weight is None else class_weight.to(pred)
     target = only_used(target, weight).to(pred)
     loss = F.binary_cross_entropy_with_logits(pred, target, pos_weight=factors, reduction='none')
@@ -120,9 +121,9 @@ def mask_cross_entropy(
     if ignore_index is not None:
         raise ValueError("mask_cross_entropy can't ignore a label: leave those masks out")
     if reduction != 'mean' or avg_factor is not None:
-        raise ValueError("mask_cross_entropy gives a mean over all pixels: reduction='mean', "
-                         "avg_factor=None")
-    own = at_least_float32(pred[torch.arange(len(pred), device=pred.device), label])
+        raise ValueError("mask_cross_entropy gives a mean over all pixels: "
+                         "reduction='mean', avg_factor=None")
+    own = full_precision(pred[torch.arange(len(pred), device=pred.device), label])
     if not own.numel(): return own.sum()[None]
     factors = None if class_weight is None else class_weight.to(own)
     return F.binary_cross_entropy_with_logits(own, target.to(own), factors, reduction='mean')[None]
@@ -144,8 +145,8 @@ class CrossEntropyLoss(nn.Module):
         if use_sigmoid and use_mask:
             raise ValueError('CrossEntropyLoss: choose use_sigmoid or use_mask, not both')
         if ignore_index is not None and not avg_non_ignore and reduction == 'mean':
-            warnings.warn('ignored labels count in the mean, as in the zoo; set avg_non_ignore=True to '
-                          'leave them out')
+            warnings.warn('ignored labels count in the mean, as in the zoo; '
+                          'set avg_non_ignore=True to leave them out')
         self.use_sigmoid,self.use_mask,self.loss_weight = use_sigmoid,use_mask,loss_weight
         self.reduction = choose_reduction(reduction)
         self.ignore_index,self.avg_non_ignore = ignore_index,avg_non_ignore
@@ -165,7 +166,9 @@ class CrossEntropyLoss(nn.Module):
     )->Tensor:                   # scalar, or elements for `'none'`
         "The loss times `loss_weight`."
         if not self.use_mask: kwargs.setdefault('avg_non_ignore', self.avg_non_ignore)
-        return self.loss_weight * self.criterion(cls_score, label, weight,
-                                                 class_weight=self.class_weight,
-            reduction=choose_reduction(self.reduction, reduction_override), avg_factor=avg_factor,
-            ignore_index=self.ignore_index if ignore_index is None else ignore_index, **kwargs)
+        reduction = choose_reduction(self.reduction, reduction_override)
+        if ignore_index is None: ignore_index = self.ignore_index
+        loss = self.criterion(cls_score, label, weight, class_weight=self.class_weight,
+                              reduction=reduction, avg_factor=avg_factor, ignore_index=ignore_index,
+                              **kwargs)
+        return self.loss_weight * loss

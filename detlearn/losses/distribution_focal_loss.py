@@ -28,9 +28,9 @@ def distribution_focal_loss(
 )->Tensor:         # `(...)`
     "Cross-entropy with the two whole numbers around the target (Li et al., 2020)."
     if target.shape != pred.shape[:-1]:
+        rows = tuple(pred.shape[:-1])
         raise ValueError(f'targets of shape {tuple(target.shape)} do not fit scores of shape '
-                         f'{tuple(pred.shape)}: '
-                         f'expected {tuple(pred.shape[:-1])}, one distance for each row')
+                         f'{tuple(pred.shape)}: expected {rows}, one distance for each row')
     return -(two_neighbours(target.to(pred.dtype), pred.shape[-1])*pred.log_softmax(-1)).sum(-1)
 
 # %% ../../nbs/07_losses/06_distribution_focal_loss.ipynb #4003aff8

@@ -7,12 +7,13 @@ __all__ = ['focal_factor', 'focal_elements', 'focal_of_probabilities', 'as_yes_n
            'FocalLoss']
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #026c9a3e
+import functools
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
+from ..core.boxes import full_precision
 from ..core.registry import LOSSES
-from .reduce import weight_reduce_loss, only_used, at_least_float32
-from .reduce import choose_reduction, off_the_ends
+from .reduce import LossPart, weight_reduce_loss, only_used, off_the_ends
 from .cross_entropy import one_hot, check_shapes
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #2764a762
@@ -58,7 +59,7 @@ def as_yes_no(
     "Class numbers as columns; `C` is background, all zeros."
     check_shapes(pred, target, per_class=True)
     columns = one_hot(target, pred.shape[-1]) if target.dim() < pred.dim() else target
-    return columns.to(at_least_float32(pred[:0]).dtype)
+    return columns.to(full_precision(pred[:0]).dtype)
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #2fb540f2
 def match_weight(
@@ -70,8 +71,7 @@ def match_weight(
     if weight.shape == pred.shape[:-1]: return weight[..., None]
     if weight.numel() == pred.numel(): return weight.view(pred.shape)
     raise ValueError(f'weights of shape {tuple(weight.shape)} do not fit scores of shape '
-                     f'{tuple(pred.shape)}: '
-                     'expected one for each row, or one for each score')
+                     f'{tuple(pred.shape)}: expected one for each row, or one for each score')
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #af1f45ba
 def sigmoid_focal_loss(
@@ -87,12 +87,12 @@ def sigmoid_focal_loss(
     "Focal loss (Lin et al., 2017)."
     target,weight = as_yes_no(target, pred),match_weight(weight, pred)
     if elements is focal_of_probabilities: pred = off_the_ends(pred)
-    pred,target = at_least_float32(only_used(pred, weight)),only_used(target, weight)
+    pred,target = full_precision(only_used(pred, weight)),only_used(target, weight)
     return weight_reduce_loss(elements(pred, target, gamma, alpha), weight, reduction, avg_factor)
 
 # %% ../../nbs/07_losses/02_focal_loss.ipynb #d1a7c544
 @LOSSES.register_module()
-class FocalLoss(nn.Module):
+class FocalLoss(LossPart):
     "Focal loss, as a part (Lin et al., 2017)."
     def __init__(self,
         use_sigmoid:bool=True,  # must be True: there is no softmax variant
@@ -102,23 +102,10 @@ class FocalLoss(nn.Module):
         loss_weight:float=1.,   # factor of the result, also of `'none'`
         activated:bool=False,   # predictions are probabilities, not scores
     ):
-        super().__init__()
         if not use_sigmoid:
-            raise ValueError('FocalLoss needs use_sigmoid=True: the paper has no softmax variant. For '
-                             'a softmax take CrossEntropyLoss.')
-        self.use_sigmoid,self.gamma,self.alpha = use_sigmoid,gamma,alpha
-        self.reduction = choose_reduction(reduction)
-        self.loss_weight,self.activated = loss_weight,activated
-
-    def forward(self,
-        pred,                    # `(..., C)` scores, or probabilities if `activated`
-        target,                  # `(...)` int64 in `0..C`, or `(..., C)`
-        weight=None,             # `(...)` or `(..., C)`
-        avg_factor=None,         # usually the number of positives
-        reduction_override=None, # instead of the part's own
-    )->Tensor:                   # scalar, or `(..., C)` for `'none'`
-        "The loss times `loss_weight`."
-        elements = focal_of_probabilities if self.activated else focal_elements
-        reduction = choose_reduction(self.reduction, reduction_override)
-        return self.loss_weight * sigmoid_focal_loss(pred, target, weight, self.gamma, self.alpha,
-                                                     reduction, avg_factor, elements)
+            raise ValueError('FocalLoss needs use_sigmoid=True: the paper has no softmax variant. '
+                             'For a softmax take CrossEntropyLoss.')
+        elements = focal_of_probabilities if activated else focal_elements
+        loss = functools.partial(sigmoid_focal_loss, elements=elements)
+        super().__init__(loss, reduction, loss_weight, gamma=gamma, alpha=alpha)
+        self.use_sigmoid,self.activated = use_sigmoid,activated

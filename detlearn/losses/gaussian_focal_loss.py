@@ -9,7 +9,7 @@ __all__ = ['gaussian_focal_loss', 'GaussianFocalLoss']
 import torch
 from torch import Tensor
 from ..core.registry import LOSSES
-from .reduce import LossPart, of_probabilities, weighted_loss
+from .reduce import LossPart, check_same, of_probabilities, weighted_loss
 
 # %% ../../nbs/07_losses/07_gaussian_focal_loss.ipynb #5c039efb
 @of_probabilities
@@ -21,10 +21,7 @@ def gaussian_focal_loss(
     gamma:float=4.,  # power of the distance from the hill; 0: no hill
 )->Tensor:           # the same shape
     "Focal loss on a heat map, with noes near a yes turned down (Law and Deng, 2018)."
-    if pred.shape != target.shape:
-        raise ValueError(f'heat maps of shape {tuple(pred.shape)} and targets of shape '
-                         f'{tuple(target.shape)}: '
-                         'expected the same shape, one target for each pixel')
+    check_same(pred, target, 'heat maps', 'expected the same shape, one target for each pixel')
     eps = 1e-12
     yes = -(pred+eps).log()*(1-pred)**alpha
     no = -(1-pred+eps).log()*pred**alpha*(1-target)**gamma

@@ -24,8 +24,7 @@ def shared_and_covered(
     "What the two boxes of each pair share, and what they cover together."
     if pred.shape != target.shape or pred.shape[-1] != 4:
         raise ValueError(f'boxes of shape {tuple(pred.shape)} and targets of shape '
-                         f'{tuple(target.shape)}: '
-                         'expected (..., 4) twice, one target for each box')
+                         f'{tuple(target.shape)}: expected (..., 4) twice, one target for each box')
     corner = torch.minimum(pred[..., 2:], target[..., 2:])
     sides = (corner - torch.maximum(pred[..., :2], target[..., :2])).clamp(min=0)
     shared = sides[..., 0]*sides[..., 1]
@@ -168,6 +167,7 @@ def bounded_errors(
     d = torch.cat([shift, scale], -1)
     return torch.where(d < beta, .5*d*d/beta, d - .5*beta)
 
+# %% ../../nbs/07_losses/04_iou_losses.ipynb #f23d6cd3
 def bounded_iou_loss(
     pred:Tensor,      # `(..., 4)` xyxy
     target:Tensor,    # `(..., 4)` xyxy

@@ -36,8 +36,8 @@ class KnowledgeDistillationKLDivLoss(LossPart):
         T:int=10,             # temperature, at least 1
     ):
         if T < 1:
-            raise ValueError(f'KnowledgeDistillationKLDivLoss: T={T} must be at least 1; below it a '
-                             f'distribution gets sharper')
+            raise ValueError(f'KnowledgeDistillationKLDivLoss: T={T} must be at least 1; '
+                             'below it a distribution gets sharper')
         super().__init__(knowledge_distillation_kl_div_loss, reduction, loss_weight, T=T)
 
     def forward(self,

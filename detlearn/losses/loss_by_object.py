@@ -21,8 +21,8 @@ def loss_table(
     if loss.dim() > gt_inds.dim(): loss = loss.flatten(gt_inds.dim()).sum(-1)
     if loss.shape != gt_inds.shape:
         raise ValueError(f'a loss of shape {tuple(loss.shape)} for codes of shape '
-                         f'{tuple(gt_inds.shape)}: '
-                         "expected one number a prior; did you forget reduction_override='none'?")
+                         f'{tuple(gt_inds.shape)}: expected one number a prior; '
+                         "did you forget reduction_override='none'?")
     row = torch.where(gt_inds < 0, num_objects+1, gt_inds)
     cells = loss.new_zeros(*loss.shape[:-1], (num_objects+2)*num_levels)
     table = cells.scatter_add(-1, row*num_levels + levels, loss)

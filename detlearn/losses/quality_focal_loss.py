@@ -10,8 +10,9 @@ __all__ = ['quality_targets', 'distance_factor', 'quality_focal_loss', 'quality_
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..core.boxes import full_precision
 from ..core.registry import LOSSES
-from .reduce import LossPart, at_least_float32, of_probabilities, weighted_loss
+from .reduce import LossPart, of_probabilities, weighted_loss
 from .cross_entropy import check_shapes, one_hot
 
 # %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #0b6943db
@@ -44,6 +45,7 @@ def quality_focal_loss(
     cross = F.binary_cross_entropy_with_logits(pred, wanted, reduction='none')
     return (cross*distance_factor(pred.sigmoid(), wanted, beta)).sum(-1)
 
+# %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #da3ef03c
 @of_probabilities
 @weighted_loss
 def quality_focal_loss_with_prob(
@@ -80,7 +82,7 @@ def sigmoid_geometric_mean(
     y:Tensor, # the same shape, or broadcastable: scores of another kind
 )->Tensor:    # probabilities; float32 at least
     "The root of the product of two sigmoids (Feng et al., 2021)."
-    x,y = at_least_float32(x),at_least_float32(y)
+    x,y = full_precision(x),full_precision(y)
     return ((F.logsigmoid(x) + F.logsigmoid(y))/2).exp()
 
 # %% ../../nbs/07_losses/05_quality_focal_loss.ipynb #d4ccfcaf
@@ -95,8 +97,8 @@ class QualityFocalLoss(LossPart):
         activated:bool=False,  # predictions are probabilities, not scores
     ):
         if not use_sigmoid:
-            raise ValueError('QualityFocalLoss needs use_sigmoid=True: a quality is no distribution '
-                             'over classes')
+            raise ValueError('QualityFocalLoss needs use_sigmoid=True: '
+                             'a quality is no distribution over classes')
         loss = quality_focal_loss_with_prob if activated else quality_focal_loss
         super().__init__(loss, reduction, loss_weight, beta=beta)
         self.use_sigmoid,self.activated = use_sigmoid,activated
@@ -114,8 +116,8 @@ class VarifocalLoss(LossPart):
         loss_weight:float=1.,   # factor of the result, also of `'none'`
     ):
         if not use_sigmoid:
-            raise ValueError('VarifocalLoss needs use_sigmoid=True: a quality is no distribution over '
-                             'classes')
+            raise ValueError('VarifocalLoss needs use_sigmoid=True: '
+                             'a quality is no distribution over classes')
         if alpha < 0: raise ValueError(f'VarifocalLoss: alpha={alpha} must not be negative')
         super().__init__(varifocal_loss, reduction, loss_weight, alpha=alpha, gamma=gamma,
                          iou_weighted=iou_weighted)

@@ -69,9 +69,10 @@ def two_accuracies(
     "Of object or not, and of the classes of objects."
     positive = labels < num_classes
     used = torch.ones_like(labels) if label_weights is None else label_weights
-    return dict(acc_objectness=accuracy(cls_score[..., -2:], (~positive).long(), weight=used),
-                acc_classes=accuracy(cls_score[..., :-2], labels.clamp(max=num_classes-1),
-                                     weight=used*positive))
+    objectness = accuracy(cls_score[..., -2:], (~positive).long(), weight=used)
+    own = labels.clamp(max=num_classes-1)
+    classes = accuracy(cls_score[..., :-2], own, weight=used*positive)
+    return dict(acc_objectness=objectness, acc_classes=classes)
 
 # %% ../../nbs/07_losses/11_seesaw_loss.ipynb #42df7c91
 @LOSSES.register_module()
@@ -90,8 +91,8 @@ class SeesawLoss(nn.Module):
     ):
         super().__init__()
         if use_sigmoid:
-            raise ValueError('SeesawLoss needs use_sigmoid=False: classes must compete for it to '
-                             'balance them')
+            raise ValueError('SeesawLoss needs use_sigmoid=False: '
+                             'classes must compete for it to balance them')
         self.use_sigmoid,self.p,self.q,self.num_classes,self.eps = use_sigmoid,p,q,num_classes,eps
         self.reduction = choose_reduction(reduction)
         self.loss_weight,self.return_dict = loss_weight,return_dict
@@ -114,8 +115,9 @@ class SeesawLoss(nn.Module):
         positive = labels < self.num_classes
         own_mean = avg_factor is None and reduction == 'mean'
         divisor = positive.sum().clamp(min=1) if own_mean else avg_factor
-        classes = seesaw_ce_loss(scores[:, :-2], labels.clamp(max=self.num_classes-1), weight*positive,
-            self.cum_samples[:-1], self.num_classes, self.p, self.q, self.eps, reduction, divisor)
+        own,settings = labels.clamp(max=self.num_classes-1),(self.num_classes, self.p, self.q, self.eps)
+        classes = seesaw_ce_loss(scores[:, :-2], own, weight*positive, self.cum_samples[:-1],
+                                 *settings, reduction, divisor)
         objectness = cross_entropy(scores[:, -2:], (~positive).long(), weight, reduction, avg_factor)
         losses = dict(loss_cls_objectness=objectness, loss_cls_classes=classes)
         if reduction == 'none': losses = {k: v.view(shape) for k,v in losses.items()}

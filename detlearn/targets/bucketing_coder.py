@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 from ..core.box_transforms import bbox_rescale
-from ..core.boxes import clip_boxes
+from ..core.boxes import clip_boxes, full_precision
 from ..core.registry import BBOX_CODERS
-from .delta_xywh_coder import BaseBBoxCoder, at_least_float32
+from .delta_xywh_coder import BaseBBoxCoder
 from .legacy import last_pixel
 
 # %% ../../nbs/06_targets/02e_bucketing_coder.ipynb #6de85476
@@ -23,7 +23,7 @@ def buckets_of(
     scale_factor=1.,    # the prior is enlarged by this first
 )->tuple:               # middles `(..., 4, side_num)`, widths `(..., 4, 1)`: left, right, top, bottom
     "The buckets of the four sides."
-    x1,y1,x2,y2 = bbox_rescale(at_least_float32(priors), scale_factor).unbind(-1)
+    x1,y1,x2,y2 = bbox_rescale(full_precision(priors), scale_factor).unbind(-1)
     w,h = (x2-x1)/num_buckets,(y2-y1)/num_buckets
     step = torch.arange(math.ceil(num_buckets/2), device=priors.device) + .5
     edge,width = [torch.stack(v, -1)[..., None] for v in ((x1, x2, y1, y2), (w, w, h, h))]
@@ -62,7 +62,7 @@ def bbox2bucket(
 )->tuple:                     # offsets, weights, one-hot labels, weights; each `(..., 4*side_num)`
     "Where the sides of a box lie, in buckets."
     at,width = buckets_of(priors, num_buckets, scale_factor)
-    sides = torch.stack([at_least_float32(boxes)[..., i] for i in (0, 2, 1, 3)], -1)
+    sides = torch.stack([full_precision(boxes)[..., i] for i in (0, 2, 1, 3)], -1)
     offsets = (at - sides[..., None])/width
     nearest = offsets.abs().topk(offset_topk, largest=False).indices[..., :1]
     labels = torch.zeros_like(offsets).scatter(-1, nearest, 1.)
@@ -89,8 +89,8 @@ def bucket2bbox(
 )->tuple:               # boxes `(..., 4)` xyxy, how sure they are `(...)`
     "The box of the likeliest buckets."
     at,width = buckets_of(priors, num_buckets, scale_factor)
-    scores = at_least_float32(cls_preds).unflatten(-1, (4, -1)).softmax(-1)
-    sides = at - at_least_float32(offset_preds).unflatten(-1, (4, -1))*width
+    scores = full_precision(cls_preds).unflatten(-1, (4, -1)).softmax(-1)
+    sides = at - full_precision(offset_preds).unflatten(-1, (4, -1))*width
     best = scores.argmax(-1, keepdim=True)                                  # (..., 4, 1)
     left,right,top,bottom = torch.take_along_dim(sides, best, -1)[..., 0].unbind(-1)
     boxes = clip_boxes(torch.stack([left, top, right, bottom], -1), last_pixel(max_shape))

@@ -9,9 +9,9 @@ __all__ = ['DistancePointBBoxCoder', 'normalizers', 'sizes_of_sides', 'bboxes2tb
 import torch
 from torch import Tensor
 from ..core.box_transforms import bbox2distance, distance2bbox
-from ..core.boxes import box_centers, clip_boxes
+from ..core.boxes import box_centers, clip_boxes, full_precision
 from ..core.registry import BBOX_CODERS
-from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, constants
+from .delta_xywh_coder import BaseBBoxCoder, constants
 
 # %% ../../nbs/06_targets/02b_distance_coders.ipynb #745ac8f5
 @BBOX_CODERS.register_module()
@@ -48,7 +48,7 @@ class DistancePointBBoxCoder(BaseBBoxCoder):
         if points.shape[-1] != 2 or four.shape[-1] != 4:
             raise ValueError('DistancePointBBoxCoder wants points (..., 2) and boxes or distances '
                              f'(..., 4), got {tuple(points.shape)} and {tuple(four.shape)}')
-        return at_least_float32(points),at_least_float32(four)
+        return full_precision(points),full_precision(four)
 
 # %% ../../nbs/06_targets/02b_distance_coders.ipynb #8c8da7f2
 def normalizers(
@@ -77,7 +77,7 @@ def bboxes2tblr(
     normalize_by_wh=True,   # divide by the prior's height and width
 )->Tensor:                  # `(..., 4)` top, bottom, left, right
     "Distances from a prior's centre, in its size."
-    priors,boxes = at_least_float32(priors),at_least_float32(boxes)
+    priors,boxes = full_precision(priors),full_precision(boxes)
     left,top,right,bottom = bbox2distance(box_centers(priors), boxes).unbind(-1)
     d = torch.stack([top, bottom, left, right], -1)
     if normalize_by_wh: d = d / sizes_of_sides(priors)
@@ -91,7 +91,7 @@ def tblr2bboxes(
     max_shape=None,         # border of the image, see `clip_boxes`
 )->Tensor:                  # `(..., 4)` xyxy, pixels
     "The box that the distances mean."
-    priors,d = at_least_float32(priors),at_least_float32(tblr)
+    priors,d = full_precision(priors),full_precision(tblr)
     d = d * normalizers(normalizer, d)
     if normalize_by_wh: d = d * sizes_of_sides(priors)
     top,bottom,left,right = d.unbind(-1)

@@ -9,8 +9,9 @@ __all__ = ['grown', 'legacy_base_anchors', 'LegacyAnchorGenerator', 'LegacySSDAn
 # %% ../../nbs/06_targets/02c_legacy.ipynb #927df759
 import torch
 from torch import Tensor
+from ..core.boxes import full_precision
 from ..core.registry import BBOX_CODERS, PRIOR_GENERATORS
-from .delta_xywh_coder import DeltaXYWHBBoxCoder, at_least_float32
+from .delta_xywh_coder import DeltaXYWHBBoxCoder
 from .priors import AnchorGenerator, base_anchors
 from .ssd_anchors import SSDAnchorGenerator
 
@@ -20,7 +21,7 @@ def grown(
     by=.5,        # pixels on every side; negative: shrink
 )->Tensor:        # `(..., 4)`
     "Boxes that are larger by some pixels on every side."
-    boxes = at_least_float32(boxes)
+    boxes = full_precision(boxes)
     return torch.cat([boxes[..., :2] - by, boxes[..., 2:] + by], -1)
 
 # %% ../../nbs/06_targets/02c_legacy.ipynb #1cb7c3aa

@@ -8,9 +8,9 @@ __all__ = ['boxes_of_sizes', 'cells_of_objects', 'YOLOAnchorGenerator', 'beside'
 # %% ../../nbs/06_targets/02d_yolo_grid.ipynb #d456c0e3
 import torch
 from torch import Tensor
-from ..core.boxes import box_centers, clip_boxes
+from ..core.boxes import box_centers, clip_boxes, full_precision
 from ..core.registry import BBOX_CODERS, PRIOR_GENERATORS
-from .delta_xywh_coder import BaseBBoxCoder, at_least_float32, centre_size
+from .delta_xywh_coder import BaseBBoxCoder, centre_size
 from .priors import AnchorGenerator, pair
 
 # %% ../../nbs/06_targets/02d_yolo_grid.ipynb #49cded8d
@@ -31,7 +31,7 @@ def cells_of_objects(
 )->Tensor:         # `(..., H*W)` bool, by row, then by column
     "Cells in which the centre of an object lies."
     h,w = size
-    x,y = [(c/s).floor().long() for c,s in zip(box_centers(at_least_float32(boxes)).unbind(-1), stride)]
+    x,y = [(c/s).floor().long() for c,s in zip(box_centers(full_precision(boxes)).unbind(-1), stride)]
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
     if real is not None: inside = inside & real
     flags = torch.zeros(*boxes.shape[:-2], h*w+1, dtype=torch.bool, device=boxes.device)
@@ -92,7 +92,7 @@ class YOLOBBoxCoder(BaseBBoxCoder):
         stride,        # pixels: a number, or a tensor with one for each prior
     )->Tensor:         # `(..., 4)` x and y in 0..1, w and h as logarithms
         "Boxes as places and growth."
-        (pc,ps),(gc,gs) = centre_size(at_least_float32(priors)),centre_size(at_least_float32(boxes))
+        (pc,ps),(gc,gs) = centre_size(full_precision(priors)),centre_size(full_precision(boxes))
         place = ((gc-pc)/beside(stride, pc) + .5).clamp(self.eps, 1-self.eps)
         return torch.cat([place, (gs/ps).clamp(min=self.eps).log()], -1)
 
@@ -103,7 +103,7 @@ class YOLOBBoxCoder(BaseBBoxCoder):
         max_shape=None, # border of the image, see `clip_boxes`; None: don't cut
     )->Tensor:          # `(..., 4)` xyxy, pixels
         "Places and growth as boxes."
-        (pc,ps),said = centre_size(at_least_float32(priors)),at_least_float32(said)
+        (pc,ps),said = centre_size(full_precision(priors)),full_precision(said)
         centre = pc + (said[..., :2]-.5)*beside(stride, pc)
         half = ps*.5*said[..., 2:].exp()
         return clip_boxes(torch.cat([centre-half, centre+half], -1), max_shape)
