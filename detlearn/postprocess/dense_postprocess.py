@@ -19,8 +19,7 @@ def first_best(
     k:int,         # at most `N`
 )->tuple:          # `(..., k)` scores, best first; `(..., k)` int64 positions
     "Like `topk`, but among equals the first comes first, on any device."
-    # bits of floats >= 0 sort like the floats
-    rank = scores.float().contiguous().view(torch.int32).long()
+    rank = scores.float().contiguous().view(torch.int32).long()  # bits of floats >= 0 sort like them
     key = rank*2**32 - torch.arange(scores.shape[-1], device=scores.device)
     order = key.topk(k, -1).indices
     return scores.gather(-1, order),order
@@ -79,7 +78,7 @@ def set_aside(
     last:int,     # a group that no other box has
 )->tuple:         # boxes, groups: what does not count is one box, in the group `last`
     "Make room without changing a size."
-    nobody = torch.ones_like(boxes).cumsum(-1)                                 # 1, 2, 3, 4: a small box
+    nobody = torch.ones_like(boxes).cumsum(-1)  # 1, 2, 3, 4: a small box
     return torch.where(use[:, None], boxes, nobody),torch.where(use, group, last)
 
 # %% ../../nbs/08_postprocess/02_dense_postprocess.ipynb #eae3e63d
@@ -105,18 +104,18 @@ class DensePostprocess:
     )->Detections:      # `(B, max_per_img, ...)`
         "All images and classes in one NMS, where the host waits; nowhere else."
         C,scores = scores.shape[-1],scores.float()
-        best,prior,label = best_of_levels(scores.where(scores > self.score_thr, -1), level_sizes,
-                                          self.nms_pre)
-        boxes = boxes_of(prior).float()                                       # (B, N, 4)
+        scores = scores.where(scores > self.score_thr, -1)
+        best,prior,label = best_of_levels(scores, level_sizes, self.nms_pre)
+        boxes = boxes_of(prior).float()  # (B, N, 4)
         use = (best >= 0) & boxes.isfinite().all(-1)
         if self.min_bbox_size >= 0:
             use = use & ((boxes[..., 2:] - boxes[..., :2]) > self.min_bbox_size).all(-1)
         if factors is not None: best = best * factors.gather(1, prior)
         image = torch.arange(len(best), device=best.device)[:, None]
         group = image.expand_as(label) if self.agnostic else image*C + label
-        apart = set_aside(boxes.flatten(0, 1), group.flatten(), use.flatten(), len(best)*C)
-        left = survive(apart[0], best.masked_fill(~use, -1).flatten(), apart[1], self.kind,
-                       **self.settings)
+        apart,group = set_aside(boxes.flatten(0, 1), group.flatten(), use.flatten(), len(best)*C)
+        best = best.masked_fill(~use, -1)
+        left = survive(apart, best.flatten(), group, self.kind, **self.settings)
         left = left.view_as(best).masked_fill(~use, -1)
         limits = [n for n in (self.max_per_img, self.max_num) if n > 0]
         return pack_best(boxes, left, label, min(limits) if limits else -1)

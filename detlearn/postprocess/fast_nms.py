@@ -30,12 +30,11 @@ def fast_nms(
     max_num:int=-1,      # at most so many in all; 0 or less: all
 )->tuple:                # `(K, 5)` boxes with scores, best first; `(K,)` labels; `(K, D)` coefficients
     "Every better box of the class silences (Bolya et al., 2019)."
-    scores,index = multi_scores[:, :-1].mT.sort(dim=1, descending=True, stable=True)   # (C, N)
+    scores,index = multi_scores[:, :-1].mT.sort(dim=1, descending=True, stable=True)  # (C, N)
     scores,index = scores[:, :top_k],index[:, :top_k]
-    boxes = multi_bboxes[index]                                                        # (C, top_k, 4)
+    boxes = multi_bboxes[index]                                                       # (C, top_k, 4)
     keep = (worst_rival(boxes) <= iou_thr) & (scores > score_thr)
-    # the host waits, once
-    label,place = keep.nonzero(as_tuple=True)
+    label,place = keep.nonzero(as_tuple=True)                                         # the host waits
     best,order = scores[label, place].sort(descending=True, stable=True)
     if max_num > 0: best,order = best[:max_num],order[:max_num]
     label,place = label[order],place[order]
@@ -49,11 +48,11 @@ def nms_match(
     "Groups of boxes that plain NMS makes one of."
     if not len(dets): return []
     boxes,scores = dets[:, :4],dets[:, 4]
-    keep = torchvision.ops.nms(boxes, scores, iou_threshold)                  # best first
-    hears = box_iou(boxes[keep], boxes) > iou_threshold                       # (K, N)
+    keep = torchvision.ops.nms(boxes, scores, iou_threshold)  # best first
+    hears = box_iou(boxes[keep], boxes) > iou_threshold       # (K, N)
     first = torch.arange(len(keep), device=keep.device)
-    hears[first, keep] = True                                        # a flat box hears itself, too
-    group = hears.int().argmax(0)                                    # the best kept one it hears
+    hears[first, keep] = True                                 # a flat box hears itself, too
+    group = hears.int().argmax(0)                             # the best kept one it hears
     group[keep] = first
     by_score = scores.argsort(descending=True, stable=True)
     by_group = by_score[group[by_score].argsort(stable=True)]

@@ -20,6 +20,7 @@ def pairwise_mask_iou(
     inter = flat @ flat.mT
     return inter/(area[..., :, None] + area[..., None, :] - inter).clamp(min=1e-6)
 
+# %% ../../nbs/08_postprocess/04_matrix_nms.ipynb #5296ef47
 def matrix_decay(
     iou:Tensor,       # `(..., N, N)` overlaps, best first
     same:Tensor,      # `(..., N, N)` bool, True: these two can meet
@@ -30,7 +31,7 @@ def matrix_decay(
     if kernel not in ('gaussian', 'linear'):
         raise ValueError(f"matrix NMS has no kernel {kernel!r}: choose 'gaussian' or 'linear'.")
     iou = (iou*same).triu(1)
-    covered = iou.amax(-2)[..., :, None]                                   # of the one who speaks
+    covered = iou.amax(-2)[..., :, None]  # of the one who speaks
     if kernel == 'linear': return ((1-iou)/(1-covered).clamp(min=1e-6)).amin(-2)
     return torch.exp(-sigma*(iou**2 - covered**2)).amin(-2)
 
@@ -48,8 +49,8 @@ def mask_matrix_nms(
 )->tuple:             # scores `(K,)`, labels `(K,)`, masks `(K, H, W)`, numbers `(K,)`, best first
     "Lower the scores of overlapping masks of one class (Wang et al., 2020)."
     if not len(labels) == len(masks) == len(scores):
-        raise ValueError(f'{len(masks)} masks, {len(labels)} labels and {len(scores)} scores: give one '
-                         f'of each.')
+        raise ValueError(f'{len(masks)} masks, {len(labels)} labels and {len(scores)} scores: '
+                         'give one of each.')
     keep = scores.argsort(descending=True, stable=True)
     if nms_pre > 0: keep = keep[:nms_pre]
     if not len(keep): return scores[keep],labels[keep],masks[keep],keep
@@ -57,7 +58,7 @@ def mask_matrix_nms(
     label = labels[keep]
     lowered = scores[keep] * matrix_decay(iou, label[:, None] == label, kernel, sigma)
     if filter_thr > 0:
-        enough = lowered >= filter_thr                                     # the host waits
+        enough = lowered >= filter_thr  # the host waits
         keep,lowered = keep[enough],lowered[enough]
     lowered,order = lowered.sort(descending=True, stable=True)
     if max_num > 0: lowered,order = lowered[:max_num],order[:max_num]

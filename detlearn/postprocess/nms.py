@@ -37,8 +37,8 @@ def decay(
 )->Tensor:            # `(..., N)` factor of the score
     "How much a neighbour's score is lowered (Bodla et al., 2017)."
     if method not in SOFT:
-        raise ValueError(f'soft_nms has no method {method!r}{nearest(method, SOFT)}: choose one of '
-                         f'{", ".join(SOFT)}')
+        raise ValueError(f'soft_nms has no method {method!r}{nearest(method, SOFT)}: '
+                         f'choose one of {", ".join(SOFT)}')
     if method == 'gaussian': return torch.exp(-overlap**2/sigma)
     return torch.where(overlap >= iou_threshold, 1-overlap if method == 'linear' else 0., 1.)
 
@@ -55,10 +55,9 @@ def soften(
     alive,final = scores,torch.full_like(scores, -1)
     for _ in range(scores.shape[-1]):
         best,i = alive.max(-1, keepdim=True)
-        # an empty row changes nothing
-        kept = torch.where(best >= min_score, best, final.gather(-1, i))
+        kept = torch.where(best >= min_score, best, final.gather(-1, i))  # an empty row changes nothing
         final = final.scatter(-1, i, kept)
-        it = boxes.gather(-2, i[..., None].expand(*i.shape, 4))                   # (..., 1, 4)
+        it = boxes.gather(-2, i[..., None].expand(*i.shape, 4))           # (..., 1, 4)
         factor = decay(box_iou(it, boxes)[..., 0, :].to(alive.dtype), method, iou_threshold, sigma)
         alive = torch.where(alive > 0, alive*factor, alive).scatter(-1, i, -1)
     return final
@@ -72,7 +71,7 @@ def group_table(
     place = torch.arange(len(group), device=group.device)
     new = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
     row,column = new.cumsum(0)-1,place - (place*new).cummax(0).values
-    rows,columns = (torch.stack([row.amax(), column.amax()])+1).tolist()       # the host waits, once
+    rows,columns = (torch.stack([row.amax(), column.amax()])+1).tolist()  # the host waits, once
     back = torch.empty_like(order).scatter(0, order, place)
     return row[back],column[back],rows,columns
 
@@ -86,12 +85,11 @@ def nms_settings(
     "The zoo's `nms` dict, taken apart and checked."
     cfg = dict(nms_cfg or dict(type=None))
     kind,agnostic,max_num = cfg.pop('type', 'nms'),cfg.pop('class_agnostic', None),cfg.pop('max_num', -1)
-    # where the zoo starts to loop over classes: not needed here
-    cfg.pop('split_thr', None)
+    cfg.pop('split_thr', None)  # where the zoo starts to loop over classes: not needed here
     if kind is None: return kind,cfg,agnostic,max_num
     if kind not in KEYS:
-        raise ValueError(f"there is no NMS of type {kind!r}{nearest(kind, KEYS)}: choose 'nms' or "
-                         f"'soft_nms'")
+        raise ValueError(f'there is no NMS of type {kind!r}{nearest(kind, KEYS)}: '
+                         "choose 'nms' or 'soft_nms'")
     if 'iou_thr' in cfg:
         warnings.warn('iou_thr in an NMS config is the old name of iou_threshold')
         cfg['iou_threshold'] = cfg.pop('iou_thr')
@@ -157,8 +155,8 @@ def nms(
     max_num:int=-1,     # at most so many; 0 or less: all
 )->tuple:               # `(K, 5)` boxes with scores, best first; `(K,)` int64 numbers
     "Plain NMS of one group."
-    return best_first(boxes, survive(boxes, scores, None, 'nms', iou_threshold, offset, score_threshold),
-                      max_num)
+    left = survive(boxes, scores, None, 'nms', iou_threshold, offset, score_threshold)
+    return best_first(boxes, left, max_num)
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #1dd0233f
 def soft_nms(
@@ -170,8 +168,9 @@ def soft_nms(
     method='linear',  # see `decay`
 )->tuple:             # `(K,)` lowered scores, best first; `(K,)` int64 numbers
     "Soft-NMS of one group."
-    dets,keep = best_first(boxes, survive(boxes, scores, None, 'soft_nms', iou_threshold, sigma=sigma,
-                                          min_score=min_score, method=method))
+    lowered = survive(boxes, scores, None, 'soft_nms', iou_threshold, sigma=sigma,
+                      min_score=min_score, method=method)
+    dets,keep = best_first(boxes, lowered)
     return dets[:, 4],keep
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #74b87512
@@ -184,9 +183,9 @@ def batched_nms(
 )->tuple:           # `(K, 5)` boxes with scores, best first; `(K,)` int64 numbers
     "NMS within each group, all groups in one call."
     kind,settings,agnostic,max_num = nms_settings(nms_cfg)
-    agnostic = class_agnostic if agnostic is None else agnostic
-    return best_first(boxes, survive(boxes, scores, None if agnostic else idxs, kind, **settings),
-                      max_num)
+    if agnostic is None: agnostic = class_agnostic
+    left = survive(boxes, scores, None if agnostic else idxs, kind, **settings)
+    return best_first(boxes, left, max_num)
 
 # %% ../../nbs/08_postprocess/01_nms.ipynb #637697fb
 def multiclass_nms(

@@ -83,6 +83,7 @@ def bboxes2tblr(
     if normalize_by_wh: d = d / sizes_of_sides(priors)
     return d / normalizers(normalizer, d)
 
+# %% ../../nbs/06_targets/02b_distance_coders.ipynb #6637b53f
 def tblr2bboxes(
     priors:Tensor,          # `(..., 4)` xyxy, pixels
     tblr:Tensor,            # `(..., 4)` top, bottom, left, right

@@ -14,6 +14,7 @@ from ..core.registry import BBOX_ASSIGNERS
 from ..core.structures import AssignResult, Predictions, Priors
 from ..core.boxes import box_iou, box_centers
 from .iou import columns, taking_part, highest, TopBlocks
+from .match_costs import column_of_class
 from .max_iou_assigner import BaseAssigner, needs_preds, pack
 from .atss_assigner import crosswise, take_priors, depth_inside
 
@@ -50,9 +51,7 @@ def own_class(
     if labels is None:
         raise ValueError('these objects have no labels: '
                          'this assigner looks at the scores of their classes.')
-    lead = torch.broadcast_shapes(table.shape[:-2], labels.shape[:-1])
-    number = labels.clamp(min=0)[..., None, :].expand(*lead, table.shape[-2], -1)
-    return table.expand(*lead, -1, -1).gather(-1, number).mT.contiguous()
+    return column_of_class(table, labels).mT.contiguous()
 
 # %% ../../nbs/06_targets/13_sim_ota_assigner.ipynb #c04ad79d
 def class_cost(

@@ -22,8 +22,8 @@ def first_share(
 )->tuple:           # `(size, next size)` of the first level, percent
     "The size that SSD sets by hand."
     if input_size not in FIRST_SHARES:
-        raise ValueError(f'SSDAnchorGenerator: input_size={input_size}; without min_sizes and max_sizes '
-                         'it must be 300 or 512')
+        raise ValueError(f'SSDAnchorGenerator: input_size={input_size}; '
+                         'without min_sizes and max_sizes it must be 300 or 512')
     if start not in FIRST_SHARES[input_size]:
         raise ValueError(f'SSDAnchorGenerator: basesize_ratio_range starts at {start}; with input_size='
                          f'{input_size} it must be one of {list(FIRST_SHARES[input_size])}')

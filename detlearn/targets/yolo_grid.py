@@ -46,8 +46,8 @@ class YOLOAnchorGenerator(AnchorGenerator):
         base_sizes, # one list a level of `(width, height)` or sides, pixels; as many on each level
     ):
         if len(base_sizes) != len(strides):
-            raise ValueError(f'YOLOAnchorGenerator: {len(base_sizes)} base_sizes for {len(strides)} '
-                             'strides')
+            raise ValueError(f'YOLOAnchorGenerator: {len(base_sizes)} base_sizes '
+                             f'for {len(strides)} strides')
         if len({len(b) for b in base_sizes}) > 1:
             raise ValueError('YOLOAnchorGenerator: each level needs as many base_sizes as the others')
         self.strides = [pair(s) for s in strides]
@@ -79,6 +79,7 @@ def beside(
     "The stride with an axis for x and y."
     return stride[..., None] if isinstance(stride, Tensor) and 0 < stride.dim() < x.dim() else stride
 
+# %% ../../nbs/06_targets/02d_yolo_grid.ipynb #e0f2daf3
 @BBOX_CODERS.register_module()
 class YOLOBBoxCoder(BaseBBoxCoder):
     "Place in the cell, growth as a logarithm (Redmon and Farhadi, 2018)."
