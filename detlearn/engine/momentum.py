@@ -11,7 +11,7 @@ __all__ = ['MOMENTA', 'one_cycle_momentum', 'step_momentum', 'cyclic_momentum', 
 # %% ../../nbs/14_engine/12_momentum.ipynb #16254006
 from ..core.registry import HOOKS, call, nearest
 from .hooks import Hook
-from .schedules import annealing, check_warmup, cosine_annealing_lr, cyclic_lr
+from .schedules import along, annealing, check_warmup, cosine_annealing_lr, cyclic_lr
 from .schedules import linear_annealing_lr, step_lr, warmup_factor
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #8dce2ae0
@@ -29,8 +29,7 @@ def one_cycle_momentum(
     between,up,low,top = annealing(anneal_strategy),pct_start*T-1,base_momentum,max_momentum
     phases = [(0, up, top, low), (up, T-1, low, top)]
     if three_phase: phases[1:] = [(up, 2*up, low, top), (2*up, T-1, top, top)]
-    x0,x1,a,b = next(p for p in phases if t <= p[1])
-    return between(a, b, (t-x0)/(x1-x0))
+    return along(phases, t, between)
 
 # %% ../../nbs/14_engine/12_momentum.ipynb #7b4f0d17
 def step_momentum(

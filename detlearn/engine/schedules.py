@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLICIES', 'policy', 'fixed_lr', 'step_lr', 'exp_lr', 'poly_lr', 'inv_lr', 'target_lr', 'half_cosine',
            'cosine_annealing_lr', 'flat_cosine_lr', 'linear_annealing_lr', 'cosine_restart_lr', 'annealing',
-           'cyclic_lr', 'one_cycle_lr', 'yolox_lr', 'yolox_warmup', 'warmup_factor', 'read_lr_config', 'check_options',
-           'check_warmup', 'lr_at', 'as_torch_scheduler']
+           'cyclic_lr', 'along', 'one_cycle_lr', 'yolox_lr', 'yolox_warmup', 'warmup_factor', 'read_lr_config',
+           'check_options', 'check_warmup', 'lr_at', 'as_torch_scheduler']
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #df7562de
 import math
@@ -47,6 +47,8 @@ def step_lr(
     min_lr:float=None, # never below this; None: no floor
 )->float:              # falls in stairs
     "Divide at milestones."
+    if any(s <= 0 for s in ([step] if isinstance(step, int) else step)):
+        raise ValueError(f'lr_config has step={step}: a drop comes at the earliest after 1.')
     drops = t//step if isinstance(step, int) else sum(t >= s for s in step)
     lr = base*gamma**drops
     return lr if min_lr is None else max(lr, min_lr)
@@ -198,6 +200,16 @@ def cyclic_lr(
     return between(base, high, t/up) if t < up else between(high, base*low, (t-up)/(cycle-up))
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #f2ddb960
+def along(
+    phases:list, # `(from, to, start, end)`: place and value at both ends, one phase after the other
+    t,           # progress, at most the last `to`
+    between,     # see `annealing`
+)->float:        # the value at `t`
+    "In the phase that `t` lies in; a phase without a length gives its end."
+    x0,x1,start,end = next(p for p in phases if t <= p[1])
+    return between(start, end, (t-x0)/(x1-x0)) if x1 > x0 else end
+
+# %% ../../nbs/14_engine/01_schedules.ipynb #b82cbf50
 @policy('OneCycle')
 def one_cycle_lr(
     base:float,              # not used: the cycle has its own scale
@@ -217,8 +229,7 @@ def one_cycle_lr(
     up,end = pct_start*n-1,low/final_div_factor
     phases = [(0, up, low, max_lr), (up, n-1, max_lr, end)]
     if three_phase: phases[1:] = [(up, 2*up, max_lr, low), (2*up, n-1, low, end)]
-    x0,x1,a,b = next(p for p in phases if t <= p[1])
-    return between(a, b, (t-x0)/(x1-x0))
+    return along(phases, t, between)
 
 # %% ../../nbs/14_engine/01_schedules.ipynb #416982be
 @policy('YOLOX')
