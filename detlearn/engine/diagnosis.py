@@ -149,7 +149,7 @@ class NaNTracerHook(Hook):
     "Stop at the first loss that is not finite, say which module made it, and keep the step in a file."
     priority = 'HIGH'  # before the optimizer
     def __init__(self,
-        out_dir=None, # of the bundle; None: `work_dir`
+        out_dir=None, # of the bundle; None: `work_dir`, and no bundle where there is none
     ): self.out_dir = out_dir
 
     def before_train_iter(self,
@@ -164,8 +164,9 @@ class NaNTracerHook(Hook):
         "Look; of several processes all run the step again, since their losses share normalisers."
         bad,(rank,world) = not runner.outputs['loss'].isfinite(),get_dist_info()
         if not anybody(bad): return
+        folder,path = self.out_dir or runner.work_dir,None
         name = f'nan_iter_{runner.iter+1}{f"_process_{rank}" if world > 1 else ""}.pth'
-        if bad: path = save_bundle(Path(self.out_dir or runner.work_dir)/name, runner, self.rng)
+        if bad and folder: path = save_bundle(Path(folder)/name, runner, self.rng)
         restore_rng(self.rng)
         model = runner.model
         if hasattr(model, 'module'): model = copy.deepcopy(model.module)  # with gradients of its own
@@ -179,16 +180,16 @@ class NaNTracerHook(Hook):
 def verdict(
     runner,  # at a step that went wrong
     culprit, # from `trace_step`, or None: the second time all was well
-    path,    # of the bundle
+    path,    # of the bundle, or None
 )->str:      # iteration, culprit, images, rate, gradient norm, and how to see it again
     "What is known about a step that went wrong, for the error."
     names = ', '.join(str(m.get('filename', '?')) for m in runner.batch.metas or []) or 'unknown'
     lr,norm = runner.optimizer.param_groups[0]['lr'],runner.log_buffer.average(1).get('grad_norm')
+    again = f'replay_bundle("{path}", model)' if path else 'give the hook out_dir'
     return (f'the loss of iteration {runner.iter+1} is not finite. '
             f'{culprit or "Run again, it is finite: the cause is random."} '
             f'Images {names}; learning rate {lr:.3g}, gradient norm of the step before '
-            f'{"unknown" if norm is None else f"{norm:.3g}"}. '
-            f'To see it again: replay_bundle("{path}", model).')
+            f'{"unknown" if norm is None else f"{norm:.3g}"}. To see it again: {again}.')
 
 # %% ../../nbs/14_engine/16_diagnosis.ipynb #8f603807
 class Checksums(TorchDispatchMode):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['sampler_of', 'place_of_loader', 'batches_from', 'get_dist_info', 'gather_objects', 'anybody', 'say_once', 'StopAsked',
-           'BaseRunner', 'check_length', 'made_hook', 'load_and_say', 'as_hook', 'log_hooks', 'training_hooks',
-           'policy_config', 'progress', 'save_runner', 'whereabouts', 'states_of', 'resume_runner', 'load_hooks',
-           'train_iter', 'open_epoch', 'reopen_epoch', 'to_model', 'next_batch', 'EpochBasedRunner', 'as_loaders',
-           'check_workflow', 'validate', 'running', 'interrupted', 'Runner', 'IterBasedRunner', 'build_runner']
+           'BaseRunner', 'check_length', 'folder_of', 'made_hook', 'load_and_say', 'as_hook', 'log_hooks',
+           'training_hooks', 'policy_config', 'progress', 'save_runner', 'whereabouts', 'states_of', 'resume_runner',
+           'load_hooks', 'train_iter', 'open_epoch', 'reopen_epoch', 'to_model', 'next_batch', 'EpochBasedRunner',
+           'as_loaders', 'check_workflow', 'validate', 'running', 'interrupted', 'Runner', 'IterBasedRunner',
+           'build_runner']
 
 # %% ../../nbs/14_engine/05_runner.ipynb #64b55916
 import os, signal, time, warnings
@@ -175,7 +176,7 @@ class BaseRunner:
         create_symlink:bool=True,        # let `latest.pth` point at it
     )->Path:                             # of the file
         "Everything that the run needs to go on from here."
-        folder = Path(out_dir or self.work_dir)
+        folder = folder_of(self, out_dir)
         return save_runner(self, folder, filename_tmpl, save_optimizer, meta, create_symlink)
 
     def load_checkpoint(self,
@@ -188,7 +189,7 @@ class BaseRunner:
         path='auto', # of a checkpoint; `'auto'`: the newest whole one in `work_dir`, if there is any
     ):
         "Go on from a checkpoint, at the iteration at which it was saved."
-        path = find_latest(self.work_dir) if path == 'auto' else path
+        path = find_latest(folder_of(self)) if path == 'auto' else path
         if path is None: self.say(f'{self.work_dir} holds no checkpoint: begin anew')
         else: resume_runner(self, path)
 
@@ -203,6 +204,15 @@ def check_length(
         raise ValueError('batch_processor is not supported: the model itself gives the losses.')
     if max_epochs is not None and max_iters is not None:
         raise ValueError(f'give max_epochs={max_epochs} or max_iters={max_iters}, not both.')
+
+def folder_of(
+    runner,       # whose `work_dir` may be None
+    out_dir=None, # another folder
+)->Path:          # of the checkpoints
+    "Where checkpoints are; a `ValueError` where there is no folder."
+    if out_dir or runner.work_dir: return Path(out_dir or runner.work_dir)
+    raise ValueError('this runner has no work_dir, so there is no place for checkpoints: '
+                     'give work_dir to the runner, or out_dir.')
 
 def made_hook(
     hook,     # a `Hook`, or its config, which may have a `priority`
