@@ -261,10 +261,11 @@ class EarlyStoppingHook(Hook):
                              'choose one of these.')
         value,sign = float(results[key]),1 if rule_of(key, self.rule) == 'greater' else -1
         better = self.best is None or sign*(value-self.best) > self.min_delta
+        if math.isnan(value): better = False
         self.best,self.waited = (value, 0) if better else (self.best, self.waited+1)
         if self.waited < self.patience: return
-        runner.say(f'{key} has not improved on {self.best:.4f} for {self.waited} evaluations: '
-                   'this is the end')
+        best = 'nan' if self.best is None else f'{self.best:.4f}'
+        runner.say(f'{key} has not improved on {best} for {self.waited} evaluations: this is the end')
         if runner.by_epoch: runner.max_epochs = runner.epoch+1
         else: runner.max_iters = runner.iter+1
 

@@ -105,14 +105,17 @@ def find_lr(
     model = copy.deepcopy(getattr(model, 'module', model)).train()
     device = next(model.parameters()).device
     opt,lrs,losses,smooth = make(model.parameters(), low),[],[],None
-    batches = iter(b for _ in range(steps) for b in data)
-    for i in range(steps):
-        lr = low*(high/low)**(i/(steps-1)); batch = next(batches).to(device)
+    rates = [low*(high/low)**(i/max(1, steps-1)) for i in range(steps)]
+    for lr,batch in zip(rates, (b for _ in range(steps) for b in data)):
         for g in opt.param_groups: g['lr'] = lr
+        batch = batch.to(device)
         total,_ = parse_losses(model(batch.images, batch.gt)); value = total.item()
         smooth = value if smooth is None else .7*smooth + .3*value
         if not math.isfinite(value) or (losses and smooth > 4*min(losses)): break
         lrs.append(lr); losses.append(smooth)
         opt.zero_grad(); total.backward(); opt.step()
+    if not losses:
+        raise ValueError(f'find_lr: there is no finite loss, not even at the rate {low:g}. Is data '
+                         'empty, or are its images or boxes not finite? Try overfit first.')
     best = min(range(len(losses)), key=losses.__getitem__)
     return dict(lrs=lrs, losses=losses, suggestion=max(low, lrs[best]/10))
