@@ -7,7 +7,7 @@ __all__ = ['PHOTO_ENDINGS', 'find_run', 'config_of', 'init_detector', 'fill', 'a
            'inference_detector', 'bbox2result', 'show_result', 'coco_of', 'photo_files', 'detect_files']
 
 # %% ../../nbs/15_apis/02_inference.ipynb #25bb9710
-import tempfile, warnings
+import warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -53,9 +53,7 @@ def config_of(
     if not text:
         raise ValueError(f'{weights}: no config.py beside it and none inside: give the config that it '
                          f'was trained with.')
-    with tempfile.TemporaryDirectory() as d:
-        (Path(d)/'config.py').write_text(text, encoding='utf-8')
-        return Config.fromfile(Path(d)/'config.py')
+    return Config.fromstring(text, '.py')
 
 # %% ../../nbs/15_apis/02_inference.ipynb #53e89d59
 def init_detector(
@@ -65,13 +63,16 @@ def init_detector(
     cfg_options=None, # `{dotted key: value}` that override the config
 )->torch.nn.Module:   # the detector, in evaluation mode, with `.cfg` and `.CLASSES`
     "A detector, ready for photos."
-    cfg = config if isinstance(config, Config) else Config(dict(config)) if isinstance(config, dict) else Config.fromfile(config)
+    if isinstance(config, Config): cfg = config
+    else: cfg = Config(dict(config)) if isinstance(config, dict) else Config.fromfile(config)
     if cfg_options: cfg.merge_from_dict(cfg_options, 'cfg_options')
     model = prepare(build_detector(cfg['model']), cfg)
     model.CLASSES = fill(model, checkpoint) if checkpoint else None
     n = getattr(getattr(model, 'bbox_head', None), 'num_classes', 80)
     if not model.CLASSES: model.CLASSES = tuple(f'class {i}' for i in range(n))
-    if len(model.CLASSES) != n: raise ValueError(f'{checkpoint} was trained on {len(model.CLASSES)} classes, the config has num_classes={n}. Use the config of its own run.')
+    if len(model.CLASSES) != n:
+        raise ValueError(f'{checkpoint} was trained on {len(model.CLASSES)} classes, the config has '
+                         f'num_classes={n}. Use the config of its own run.')
     model.cfg = cfg
     return place_model(model, device).eval()
 
@@ -201,7 +202,8 @@ def coco_of(
     side = lambda b: [b[0], b[1], b[2]-b[0], b[3]-b[1]]
     anns = [dict(id=k, image_id=i, category_id=l+1, bbox=side(b), area=side(b)[2]*side(b)[3],
                  iscrowd=0, score=s) for k,(i,b,s,l) in enumerate(rows, 1)]
-    return dict(images=images, annotations=anns, categories=[dict(id=i, name=c) for i,c in enumerate(classes, 1)])
+    return dict(images=images, annotations=anns,
+                categories=[dict(id=i, name=c) for i,c in enumerate(classes, 1)])
 
 # %% ../../nbs/15_apis/02_inference.ipynb #4256ebc5
 # of files that are photos

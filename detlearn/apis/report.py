@@ -115,13 +115,17 @@ def curves(
     train,val = [[r for r in records if r['mode'] == m] for m in ('train', 'val')]
     n = max((r['iter'] for r in train), default=1)
     fig,(left,right) = plt.subplots(1, 2, figsize=(9, 2.6))
-    left.plot([r['epoch']-1 + r['iter']/n for r in train], [r['loss'] for r in train], color=GREY, lw=1,
-              label='training')
-    left.plot([r['epoch'] for r in val if 'val_loss' in r], [r['val_loss'] for r in val if 'val_loss' in r], 'o-', ms=3, color=COLOURS[0], label='validation')
+    def measured(ax, key, name, colour):
+        rows = [r for r in val if key in r]
+        ax.plot([r['epoch'] for r in rows], [r[key] for r in rows], 'o-', ms=3, color=colour, label=name)
+    when = [r['epoch']-1 + r['iter']/n for r in train]
+    left.plot(when, [r['loss'] for r in train], color=GREY, lw=1, label='training')
+    measured(left, 'val_loss', 'validation', COLOURS[0])
     left.set(title='Loss', xlabel='epoch', yscale='log'); left.legend(frameon=False)
-    for key,name,c in (('bbox_mAP', 'AP', COLOURS[1]), ('bbox_mAP_50', 'AP50', COLOURS[2])):
-        right.plot([r['epoch'] for r in val if key in r], [r[key] for r in val if key in r], 'o-', ms=3, color=c, label=name)
-    right.set(title='AP on the validation photos', xlabel='epoch', ylim=(-.02, 1.02)); right.legend(frameon=False)
+    measured(right, 'bbox_mAP', 'AP', COLOURS[1])
+    measured(right, 'bbox_mAP_50', 'AP50', COLOURS[2])
+    right.set(title='AP on the validation photos', xlabel='epoch', ylim=(-.02, 1.02))
+    right.legend(frameon=False)
     for ax in (left, right): ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
@@ -181,9 +185,12 @@ def table(
     line = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{say(c)}</{tag}>' for c in cells) + '</tr>'
     return '<table>' + line('th', head) + ''.join(line('td', r) for r in rows) + '</table>'
 
-STYLE = '''body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#22303c}h1{margin-bottom:0}h2{margin-top:2.2rem}
-td,th{padding:.15rem 1rem .15rem 0;text-align:left;font-variant-numeric:tabular-nums}pre{background:#f6f7f8;padding:1rem;overflow:auto;font-size:12px}
-img{max-width:100%}.big{font-size:2.2rem;font-weight:700;margin-right:1.6rem}.big small{font-size:.9rem;font-weight:400;color:#8a949e}'''
+STYLE = '''body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
+color:#22303c}h1{margin-bottom:0}h2{margin-top:2.2rem}img{max-width:100%}
+td,th{padding:.15rem 1rem .15rem 0;text-align:left;font-variant-numeric:tabular-nums}
+pre{background:#f6f7f8;padding:1rem;overflow:auto;font-size:12px}
+.big{font-size:2.2rem;font-weight:700;margin-right:1.6rem}
+.big small{font-size:.9rem;font-weight:400;color:#8a949e}'''
 
 # %% ../../nbs/15_apis/03_report.ipynb #3573c5e7
 def page(
@@ -192,7 +199,9 @@ def page(
 )->str:            # HTML
     "A page that needs nothing from outside."
     body = ''.join((f'<h2>{html.escape(h)}</h2>' if h else '') + inner for h,inner in sections)
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>'
+    name = html.escape(title)
+    head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<h1>{name}</h1>{body}</html>'
 
 # %% ../../nbs/15_apis/03_report.ipynb #66e31ecf
 def headline(
@@ -200,10 +209,13 @@ def headline(
 )->str:           # HTML
     "AP and the price."
     number = lambda k: f'<span class="big">{metrics[k]:.3f} <small>{k}</small></span>'
-    memory = f", {metrics['peak_memory']/2**30:.2f} GiB of memory at most" if metrics.get('peak_memory') else ''
+    peak = metrics.get('peak_memory')
+    memory = f', {peak/2**30:.2f} GiB of memory at most' if peak else ''
     loss = f", loss {metrics['val_loss']:.3f}" if 'val_loss' in metrics else ''
-    return (f"<p>{number('AP')}{number('AP50')}{number('AP75')}</p><p>on {metrics.get('images', '?')} {metrics.get('split', '')} photos{loss}; "
-            f"{metrics['seconds']:.0f} seconds on the wall, {metrics['cpu_seconds']:.0f} CPU seconds{memory}</p>")
+    photos = f"{metrics.get('images', '?')} {metrics.get('split', '')} photos"
+    price = f"{metrics['seconds']:.0f} seconds on the wall, {metrics['cpu_seconds']:.0f} CPU seconds"
+    big = number('AP') + number('AP50') + number('AP75')
+    return f'<p>{big}</p><p>on {photos}{loss}; {price}{memory}</p>'
 
 # %% ../../nbs/15_apis/03_report.ipynb #acddff5c
 def spread(
@@ -228,15 +240,21 @@ def write_report(
     found,truths = load_found(results, data),[truth_of(data, i) for i in range(len(data))]
     thr = best_threshold(found, truths)
     picture = lambda numbers: as_image(pairs(data, found, numbers, thr), photo=True)
-    note = f'<p>Above the labels, below what was found with a score of at least {thr:.2f} (the best F1). Dashed: missed above, invented below.</p>'
-    classes = table(['class', 'AP', 'AP50', 'objects'], [[c, v['AP'], v['AP50'], sum(int((t[1] == i).sum()) for t in truths)]
-                                                         for i,(c,v) in enumerate(metrics['per_class'].items())])
+    note = (f'<p>Above the labels, below what was found with a score of at least {thr:.2f} (the best '
+            'F1). Dashed: missed above, invented below.</p>')
+    number_of = lambda i: sum(int((labels == i).sum()) for _,labels in truths)
+    classes = table(['class', 'AP', 'AP50', 'objects'],
+                    [[c, v['AP'], v['AP50'], number_of(i)]
+                     for i,(c,v) in enumerate(metrics['per_class'].items())])
     config = (folder/'provenance.txt').read_text(encoding='utf-8')
-    plt.close(plt.figure())                                        # a notebook's backend starts with a figure, outside of what is put back
+    # a notebook's backend starts with a figure, outside of what is put back
+    plt.close(plt.figure())
     with plt.rc_context():
         use_style()
-        sections = [('', headline(metrics)), ('Curves', as_image(curves(log_of(folder)))), ('Classes', classes),
-                    ('Truth and detections', note + picture(spread(len(data), most))), ('The worst images', picture(worst_images(found, truths, thr, most))),
+        sections = [('', headline(metrics)), ('Curves', as_image(curves(log_of(folder)))),
+                    ('Classes', classes),
+                    ('Truth and detections', note + picture(spread(len(data), most))),
+                    ('The worst images', picture(worst_images(found, truths, thr, most))),
                     ('Every setting, and where it comes from', f'<pre>{html.escape(config)}</pre>')]
     (folder/'index.html').write_text(page(f'detlearn: {folder.name}', sections), encoding='utf-8')
     return folder/'index.html'

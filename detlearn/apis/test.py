@@ -8,7 +8,7 @@ __all__ = ['OBJECT_KEYS', 'with_objects', 'loader_settings', 'for_testing', 'bui
 
 # %% ../../nbs/15_apis/00_test.ipynb #b3c20cd6
 import json, os, time
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from pathlib import Path
 import torch
 from ..core.registry import nearest
@@ -60,7 +60,8 @@ def for_testing(
     "The same data, their photos bring their objects along."
     if isinstance(part, (list, tuple)): return [for_testing(p, with_mask) for p in part]
     inner = {k: for_testing(part[k], with_mask) for k in ('dataset', 'datasets') if k in part}
-    return dict(part, **inner) if inner else dict(part, pipeline=with_objects(part['pipeline'], with_mask))
+    if inner: return dict(part, **inner)
+    return dict(part, pipeline=with_objects(part['pipeline'], with_mask))
 
 # %% ../../nbs/15_apis/00_test.ipynb #94bfe651
 def build_test_loader(
@@ -71,9 +72,12 @@ def build_test_loader(
 )->DataLoader:         # a loader in order, its photos bring their objects along
     "The loader that a detector is measured on."
     if split not in data:
-        raise KeyError(f'data has no {split!r}{nearest(split, [k for k in data if isinstance(data[k], (dict, list))])}')
-    photos,(rank,world) = build_dataset(for_testing(data[split], with_mask), dict(test_mode=True)),get_dist_info()
-    if dist and len(photos) >= world: photos,dist = torch.utils.data.Subset(photos, range(rank, len(photos), world)),False   # each once
+        splits = [k for k in data if isinstance(data[k], (dict, list))]
+        raise KeyError(f'data has no {split!r}{nearest(split, splits)}')
+    photos = build_dataset(for_testing(data[split], with_mask), dict(test_mode=True))
+    rank,world = get_dist_info()
+    if dist and len(photos) >= world:                               # each photo once
+        photos,dist = Subset(photos, range(rank, len(photos), world)),False
     return build_dataloader(photos, shuffle=False, seed=0, dist=dist, **loader_settings(data, split))
 
 # %% ../../nbs/15_apis/00_test.ipynb #9b54a453
@@ -105,7 +109,7 @@ def detect_all(
     loader,         # gives `Batch`
     losses=True,    # also the losses; False: the photos may come without objects
     progress=None,  # `f(iterable)` that shows how far it is, such as `tqdm`
-)->tuple:           # `Detections` of each photo, in its pixels, without padding; its meta; `{'val_loss': ...}`
+)->tuple:           # `Detections` of each photo, in its pixels; their metas; `{'val_loss': ...}`
     "Every photo of a loader through the detector."
     model = getattr(model, 'module', model)
     training,device,found,metas,buffer = model.training,next(model.parameters()).device,[],[],LogBuffer()

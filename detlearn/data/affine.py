@@ -30,7 +30,8 @@ def warp(
     fill = list(fill) if isinstance(fill, (tuple, list)) else fill
     back = torch.linalg.inv(matrix.double())
     eight = (back/back[2, 2]).flatten()[:8].tolist()
-    mode = InterpolationMode.NEAREST if isinstance(image, tv_tensors.Mask) else InterpolationMode.BILINEAR
+    mode = (InterpolationMode.NEAREST if isinstance(image, tv_tensors.Mask)
+            else InterpolationMode.BILINEAR)
     room = F.pad(image, [0, 0, max(W-w, 0), max(H-h, 0)], fill=fill)
     seen = F.perspective(room, None, None, mode, fill, coefficients=eight)
     return F.crop(seen, 0, 0, H, W)
@@ -104,7 +105,8 @@ class RandomAffine:
         if not 0 <= max_translate_ratio <= 1:
             raise ValueError(f'max_translate_ratio={max_translate_ratio}: expected a share, 0 to 1.')
         if not 0 < scaling_ratio_range[0] <= scaling_ratio_range[1]:
-            raise ValueError(f'scaling_ratio_range={scaling_ratio_range}: expected (low, high), above 0.')
+            raise ValueError(f'scaling_ratio_range={scaling_ratio_range}: expected (low, high), '
+                             'above 0.')
         self.degree,self.translate,self.shear = max_rotate_degree,max_translate_ratio,max_shear_degree
         self.scaling_ratio_range,self.border,self.border_val = scaling_ratio_range,border,border_val
         self.limits = min_bbox_size,min_area_ratio,max_aspect_ratio

@@ -43,7 +43,8 @@ class LoadMultiChannelImageFromFiles:
         info,prefix = results['img_info'],results.get('img_prefix')
         names = info['filename']
         if isinstance(names, (str, Path)):
-            raise ValueError(f'LoadMultiChannelImageFromFiles: filename is {str(names)!r}, expected a list of files. '
+            raise ValueError(f'LoadMultiChannelImageFromFiles: filename is {str(names)!r}, expected a '
+                             'list of files. '
                              'For one file use LoadImageFromFile.')
         paths = [str(Path(prefix)/n) if prefix else str(n) for n in names]
         image = side_by_side(paths, self.color_type)
@@ -57,7 +58,8 @@ class LoadImageFromWebcam(LoadImageFromFile):
     def __call__(self, results):
         image = torch.as_tensor(results['img'])
         if image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f'LoadImageFromWebcam: the image has shape {tuple(image.shape)}, expected (height, width, 3), '
+            raise ValueError(f'LoadImageFromWebcam: the image has shape {tuple(image.shape)}, expected '
+                             '(height, width, 3), '
                              'blue, green, red.')
         rgb = plain(image if self.channel_order == 'rgb' else image.flip(-1)).permute(2, 0, 1)
         return noted(results, rgb.float() if self.to_float32 else rgb, None, None, self.channel_order)

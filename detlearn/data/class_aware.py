@@ -41,9 +41,11 @@ class ClassAwareSampler(DistributedSampler):
         num_sample_class=1, # photos of a class in a row, at least 1
     ):
         super().__init__(dataset, num_replicas, rank, True, seed)
-        if not isinstance(num_sample_class, int) or num_sample_class < 1: raise ValueError(f'num_sample_class={num_sample_class!r}: expected 1, 2, ...')
+        if not isinstance(num_sample_class, int) or num_sample_class < 1:
+            raise ValueError(f'num_sample_class={num_sample_class!r}: expected 1, 2, ...')
         self.photos,self.size,self.in_a_row = photos_by_class(dataset),samples_per_gpu,num_sample_class
-        if not self.photos: raise ValueError('no photo holds an object: there is no class to choose from.')
+        if not self.photos:
+            raise ValueError('no photo holds an object: there is no class to choose from.')
 
     def __len__(self): return -(-self.n//(self.world*self.size))*self.size
 

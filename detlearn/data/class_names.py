@@ -39,9 +39,11 @@ COCO = named(
 # %% ../../nbs/02_data/00_class_names.ipynb #45e5e23f
 VOC = named(
     'aeroplane 6a00e4, bicycle 770b20, bird a52a2a, boat 0000c0, bottle c5e2ff, bus 003c64, car 00008e, '
-    'cat ff4dff, chair 994501, cow 78a69d, diningtable 00b6c7, dog 00e2fc, horse b6b6ff, motorbike 0000e6, '
+    'cat ff4dff, chair 994501, cow 78a69d, diningtable 00b6c7, dog 00e2fc, horse b6b6ff, motorbike '
+    '0000e6, '
     'person dc143c, pottedplant a3ff00, sheep 005200, sofa 035fa1, train 005064, tvmonitor b78258')
-CITYSCAPES = named('person dc143c, rider ff0000, car 00008e, truck 000046, bus 003c64, train 005064, motorcycle 0000e6, bicycle 770b20')
+CITYSCAPES = named('person dc143c, rider ff0000, car 00008e, truck 000046, bus 003c64, train 005064, '
+                   'motorcycle 0000e6, bicycle 770b20')
 DEEPFASHION = named(
     'top 00c040, skirt 004060, leggings 80c0c0, dress 004040, outer 00c0e0, pants 00c0c0, bag 80c040, '
     'neckwear 00c060, headwear 8020c0, eyeglass 0000e0, belt 000040, footwear 00a0c0, hair 800060, '
@@ -65,7 +67,8 @@ def colours_of(
 
 # %% ../../nbs/02_data/00_class_names.ipynb #7fc4a081
 NAMES = dict(coco=COCO, voc=VOC, cityscapes=CITYSCAPES, deepfashion=DEEPFASHION, wider_face=WIDER_FACE)
-ALIASES = dict(mscoco='coco', ms_coco='coco', pascal_voc='voc', voc07='voc', voc12='voc', citys='cityscapes', widerface='wider_face')
+ALIASES = dict(mscoco='coco', ms_coco='coco', pascal_voc='voc', voc07='voc', voc12='voc',
+               citys='cityscapes', widerface='wider_face')
 
 def known_set(
     dataset:str, # a key of `NAMES` or `ALIASES`, in any case; `CocoDataset` and the like too
@@ -73,7 +76,9 @@ def known_set(
     "A list by the name of its data set."
     key = dataset.lower().removesuffix('dataset')
     key = ALIASES.get(key, key)
-    if key not in NAMES: raise ValueError(f'no list of classes is called {dataset!r}{nearest(key, [*NAMES, *ALIASES])}; those of LVIS, Objects365 and Open Images stand in their own files')
+    if key not in NAMES:
+        raise ValueError(f'no list of classes is called {dataset!r}{nearest(key, [*NAMES, *ALIASES])}; '
+                         'those of LVIS, Objects365 and Open Images stand in their own files')
     return NAMES[key]
 
 def get_classes(
@@ -83,12 +88,14 @@ def get_classes(
     return list(known_set(dataset))
 
 def get_palette(
-    palette_of,       # name of a data set, list of colours, one colour for all, or None and `'random'`: generated ones
+    # name of a data set, list of colours, one colour for all, or None and `'random'`: generated ones
+    palette_of,
     num_classes:int,  # how many colours are needed
 )->list:              # `(red, green, blue)`, at least `num_classes`
     "Colours from what a config may say."
     if palette_of is None or palette_of == 'random': return palette(num_classes)
     if isinstance(palette_of, tuple): return [palette_of]*num_classes
     found = list(palette_of) if isinstance(palette_of, list) else list(known_set(palette_of).values())
-    if len(found) < num_classes: raise ValueError(f'{len(found)} colours are too few for {num_classes} classes.')
+    if len(found) < num_classes:
+        raise ValueError(f'{len(found)} colours are too few for {num_classes} classes.')
     return found

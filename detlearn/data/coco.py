@@ -96,8 +96,8 @@ def check_ids(
         if isinstance(v, bool) or not isinstance(v, (int, str)):
             raise AnnotationError(f'{path}: /{key}/{i}/id is {v!r}, expected a number.')
         if v in found:
-            raise AnnotationError(f'{path}: /{key}/{i}/id is {v!r}, and so is that of /{key}/{found[v]}. '
-                             'Two files were probably joined: number one of them anew.')
+            raise AnnotationError(f'{path}: /{key}/{i}/id is {v!r}, and so is that of /{key}/{found[v]}'
+                                  '. Two files were probably joined: number one of them anew.')
         found[v] = i
     return found
 
@@ -112,8 +112,8 @@ def check_name(
     plain = name.replace('\\', '/')
     upward = posixpath.normpath(plain).split('/')[0] == '..'
     if upward or plain.startswith('/') or PureWindowsPath(name).drive:
-        raise AnnotationError(f'{place} is {name!r}, which leads out of the image folder and is refused. '
-                         'Write it relative to img_prefix.')
+        raise AnnotationError(f'{place} is {name!r}, which leads out of the image folder and is '
+                              'refused. Write it relative to img_prefix.')
 
 # %% ../../nbs/02_data/01_coco.ipynb #624fcd61
 def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -168,7 +168,8 @@ def choose_classes(
         name = c.get('name')
         place = f'{path}: /categories/{i}/name'
         if not isinstance(name, str): raise AnnotationError(f'{place} is {name!r}, expected a text.')
-        if name in ids: raise AnnotationError(f'{place}: two categories are called {name!r}. Rename one.')
+        if name in ids:
+            raise AnnotationError(f'{place}: two categories are called {name!r}. Rename one.')
         ids[name] = c['id']
     names = wanted_names(classes)
     if names is None: names = sorted(ids, key=lambda n: (isinstance(ids[n], str), ids[n]))
@@ -346,7 +347,7 @@ def read_coco(
 def objects_of(
     rows,             # `(n,)` array of `ROW` of one image
     segmentations,    # `Packed`, as many
-)->dict: # bboxes `(G, 4)` xyxy, labels `(G,)`, bboxes_ignore `(I, 4)`, labels_ignore, masks: `G` segmentations
+)->dict: # bboxes `(G, 4)` xyxy, labels `(G,)`; bboxes_ignore, labels_ignore; masks: `G` segmentations
     "Objects and crowds of one image, in the zoo's words; masks are not decoded yet."
     corner,side = rows['box'][:, :2],rows['box'][:, 2:]
     xyxy = np.concatenate([corner, corner+side], 1).astype(np.float32)
@@ -408,8 +409,8 @@ def palette_for(
     names,    # of the classes that are used
 )->list:      # a colour for each
     "The colours that the class knows, generated ones for other names."
-    known = zip(kind.CLASSES or (), kind.PALETTE or ()) if len(kind.CLASSES or ()) == len(kind.PALETTE or ()) else ()
-    return colours_of(names, dict(known))
+    known,colours = kind.CLASSES or (),kind.PALETTE or ()
+    return colours_of(names, dict(zip(known, colours)) if len(known) == len(colours) else {})
 
 # %% ../../nbs/02_data/01_coco.ipynb #e472a104
 @DATASETS.register_module()
@@ -482,7 +483,7 @@ class CocoDataset(Dataset):
 
     def format_results(self,
         results,              # see `evaluate`
-        jsonfile_prefix=None, # path and beginning of the files' names; None: a folder that is gone with the second answer
+        jsonfile_prefix=None, # path and beginning of the names; None: a temporary folder
     )->tuple:                 # `{'bbox': path, ...}`, and the `TemporaryDirectory` or None
         "Write results as COCO's server wants them."
         return EVALUATORS.find(self.evaluator)().write(self, results, jsonfile_prefix)

@@ -25,7 +25,8 @@ def array_in(
     except (TypeError, ValueError, OverflowError): v = None
     if v is not None and v.size == 0: return np.zeros((0, *shape))
     if v is None or v.ndim != 1+len(shape) or v.shape[1:] != shape:
-        raise AnnotationError(f'{place}/{key} is {ann.get(key)!r:.60}, expected {"rows of four numbers" if shape else "one number a box"}.')
+        raise AnnotationError(f'{place}/{key} is {ann.get(key)!r:.60}, expected '
+                              f'{"rows of four numbers" if shape else "one number a box"}.')
     if not np.isfinite(v).all(): raise AnnotationError(f'{place}/{key} holds NaN or infinity.')
     return v
 
@@ -37,12 +38,17 @@ def objects_in(
 )->Iterator:     # of dicts: bbox, area, category_id (from 1), iscrowd
     "The objects of a photo in COCO's form, then those to be ignored."
     for end,crowd in (('', 0), ('_ignore', 1)):
-        boxes,labels = array_in(ann, f'bboxes{end}', (4,), place),array_in(ann, f'labels{end}', (), place)
+        boxes = array_in(ann, f'bboxes{end}', (4,), place)
+        labels = array_in(ann, f'labels{end}', (), place)
         if crowd and len(labels) == 0: labels = np.zeros(len(boxes))
-        if len(boxes) != len(labels): raise AnnotationError(f'{place}: {len(boxes)} boxes and {len(labels)} labels, in bboxes{end} and labels{end}.')
+        if len(boxes) != len(labels):
+            raise AnnotationError(f'{place}: {len(boxes)} boxes and {len(labels)} labels, in '
+                                  f'bboxes{end} and labels{end}.')
         for (x1,y1,x2,y2),label in zip(boxes.tolist(), labels.tolist()):
-            if label not in range(classes): raise AnnotationError(f'{place}/labels{end} holds {label:g}, expected 0 to {classes-1}.')
-            yield dict(bbox=[x1, y1, x2-x1, y2-y1], area=(x2-x1)*(y2-y1), category_id=int(label)+1, iscrowd=crowd)
+            if label not in range(classes):
+                raise AnnotationError(f'{place}/labels{end} holds {label:g}, expected 0 to {classes-1}.')
+            yield dict(bbox=[x1, y1, x2-x1, y2-y1], area=(x2-x1)*(y2-y1), category_id=int(label)+1,
+                       iscrowd=crowd)
 
 # %% ../../nbs/02_data/03b_custom_dataset.ipynb #5f71ce70
 def from_middle(
@@ -51,18 +57,27 @@ def from_middle(
     path,        # of the file, for sentences
 )->dict:         # images, annotations, categories
     "The zoo's middle format as COCO's lists."
-    if not isinstance(photos, list): raise AnnotationError(f'{path}: the top is a {type(photos).__name__}, expected a list with an entry for each photo.')
-    bad = next((i for i,p in enumerate(photos) if not isinstance(p, dict) or not isinstance(p.get('ann', {}), dict)), None)
-    if bad is not None: raise AnnotationError(f'{path}: /{bad} is {photos[bad]!r:.40}, expected a dict with filename, width, height, ann.')
+    if not isinstance(photos, list):
+        raise AnnotationError(f'{path}: the top is a {type(photos).__name__}, expected a list with an '
+                              'entry for each photo.')
+    fine = lambda p: isinstance(p, dict) and isinstance(p.get('ann', {}), dict)
+    bad = next((i for i,p in enumerate(photos) if not fine(p)), None)
+    if bad is not None:
+        raise AnnotationError(f'{path}: /{bad} is {photos[bad]!r:.40}, expected a dict with filename, '
+                              'width, height, ann.')
     place = lambda i: f'{path}: /{i}/ann'
     if classes is None:
-        seen = [array_in(p.get('ann', {}), 'labels', (), place(i)).max(initial=-1) for i,p in enumerate(photos)]
+        seen = [array_in(p.get('ann', {}), 'labels', (), place(i)).max(initial=-1)
+                for i,p in enumerate(photos)]
         classes = [str(k) for k in range(min(int(max(seen, default=-1)), 99_999) + 1)]
-    out = dict(images=[], annotations=[], categories=[dict(id=k+1, name=c) for k,c in enumerate(classes)])
+    out = dict(images=[], annotations=[],
+               categories=[dict(id=k+1, name=c) for k,c in enumerate(classes)])
     for i,p in enumerate(photos):
         check_name(p.get('filename'), f'{path}: /{i}/filename')
-        out['images'].append(dict({k: v for k,v in p.items() if k != 'ann'}, id=i+1, file_name=p['filename']))
-        for a in objects_in(p.get('ann', {}), len(classes), place(i)): out['annotations'].append(dict(a, id=len(out['annotations'])+1, image_id=i+1))
+        out['images'].append(dict({k: v for k,v in p.items() if k != 'ann'}, id=i+1,
+                                  file_name=p['filename']))
+        for a in objects_in(p.get('ann', {}), len(classes), place(i)):
+            out['annotations'].append(dict(a, id=len(out['annotations'])+1, image_id=i+1))
     return out
 
 # %% ../../nbs/02_data/03b_custom_dataset.ipynb #50dbe441
@@ -75,7 +90,8 @@ class CustomDataset(CocoDataset):
     )->list:      # of dicts: filename, width, height, ann
         "Override this for a format of your own."
         if Path(ann_file).suffix in ('.pkl', '.pickle'):
-            raise ValueError(f'{ann_file}: a pickle can run any code when it is read, and is refused. Write it as json.')
+            raise ValueError(f'{ann_file}: a pickle can run any code when it is read, and is refused. '
+                             'Write it as json.')
         return read_json(ann_file)
 
     def to_lists(self,
@@ -92,7 +108,9 @@ def federated(
     "What a photo says about the classes."
     info = data.data_infos[idx]
     labels = lambda key: {data.cat2label[c] for c in info.get(key, ()) if c in data.cat2label}
-    found = dict(positive={data.cat2label[c] for c in data.get_cat_ids(idx)}, negative=labels('neg_category_ids'), not_exhaustive=labels('not_exhaustive_category_ids'))
+    found = dict(positive={data.cat2label[c] for c in data.get_cat_ids(idx)},
+                 negative=labels('neg_category_ids'),
+                 not_exhaustive=labels('not_exhaustive_category_ids'))
     return {k: np.array(sorted(v), np.int64) for k,v in found.items()}
 
 def judged(
@@ -123,7 +141,8 @@ class LVISV05Dataset(CocoDataset):
         ann_file, # path of the json
     )->dict:      # images, annotations, categories
         "`COCO_val2014_000000000001.jpg` lies as `000000000001.jpg`."
-        return read_renamed(ann_file, lambda im: im['file_name'][-16:] if str(im.get('file_name')).startswith('COCO') else None)
+        old = lambda im: str(im.get('file_name')).startswith('COCO')
+        return read_renamed(ann_file, lambda im: im['file_name'][-16:] if old(im) else None)
 
 @DATASETS.register_module()
 class LVISV1Dataset(CocoDataset):
@@ -133,5 +152,7 @@ class LVISV1Dataset(CocoDataset):
         ann_file, # path of the json
     )->dict:      # images, annotations, categories
         "`http://images.cocodataset.org/val2017/1.jpg` lies as `val2017/1.jpg`."
-        host = 'http://images.cocodataset.org/'
-        return read_renamed(ann_file, lambda im: im['coco_url'].removeprefix(host) if isinstance(im.get('coco_url'), str) else None)
+        def end_of_url(im):
+            url = im.get('coco_url')
+            return url.removeprefix('http://images.cocodataset.org/') if isinstance(url, str) else None
+        return read_renamed(ann_file, end_of_url)

@@ -60,7 +60,8 @@ def pasted_back(
     "Background without the objects that move, and the objects in their new places."
     moved = torch.tensor([m is not None for m in matrices], dtype=torch.bool)
     hole,still = masks[moved].bool().any(0),masks[~moved].bool().any(0)
-    rim = (nnF.max_pool2d(hole[None].float(), 5, 1, 2)[0] > 0) & ~still  # its edge has some of the object
+    # its edge has some of the object
+    rim = (nnF.max_pool2d(hole[None].float(), 5, 1, 2)[0] > 0) & ~still
     out,new,size = fill_hole(image, rim),[],tuple(masks.shape[1:])
     for mask,matrix,colour in zip(masks, matrices, colours or [None]*len(masks)):
         look = image if colour is None else colour(image)

@@ -15,7 +15,7 @@ from ..core.registry import PIPELINES
 # %% ../../nbs/02_data/03e_light.ipynb #0be42c1a
 def hue_parts(
     image,   # `(3, H, W)` float RGB
-)->tuple:    # hue in steps of 60 degrees, the brightest channel, how far the darkest lies below: `(H, W)` each
+)->tuple:  # `(H, W)` each: hue in steps of 60 degrees; brightest channel; how far the darkest lies below
     "Where on the colour circle, how bright, how colourful."
     (r,g,b),high,low = image,image.amax(0),image.amin(0)
     chroma = high - low
@@ -76,9 +76,11 @@ class PhotoMetricDistortion:
         contrast_range=(.5, 1.5),   # factors
         saturation_range=(.5, 1.5), # factors
         hue_delta=18,               # largest turn, degrees
-        swap_channels:bool=True,    # now and then another order of the channels; the zoo always does that
+        # now and then another order of the channels; the zoo always does that
+        swap_channels:bool=True,
     ):
-        self.brightness_delta,self.hue_delta,self.swap_channels = brightness_delta,hue_delta,swap_channels
+        self.brightness_delta,self.hue_delta = brightness_delta,hue_delta
+        self.swap_channels = swap_channels
         self.contrast_range,self.saturation_range = contrast_range,saturation_range
 
     def draw(self)->dict: # arguments of `distort`

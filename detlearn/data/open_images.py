@@ -25,11 +25,14 @@ def read_table(
     if not path.is_file(): raise FileNotFoundError(no_such_file(path))
     with open(path, newline='', encoding='utf-8') as f:
         try: rows = list(csv.reader(f))
-        except (UnicodeDecodeError, csv.Error) as e: raise AnnotationError(f'{path}: no table: {e}.') from None
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise AnnotationError(f'{path}: no table: {e}.') from None
     if columns is None: return [r for r in rows if r]
     head = rows[0] if rows else []
     missing = [c for c in columns if c not in head]
-    if missing: raise AnnotationError(f'{path}:1: no column is called {missing[0]!r}; there is {", ".join(head[:12]) or "nothing"}.')
+    if missing:
+        raise AnnotationError(f'{path}:1: no column is called {missing[0]!r}; there is '
+                              f'{", ".join(head[:12]) or "nothing"}.')
     bad = next((i for i,r in enumerate(rows[1:], 2) if r and len(r) != len(head)), None)
     if bad: raise AnnotationError(f'{path}:{bad}: {len(rows[bad-1])} values, expected {len(head)}.')
     return [dict(zip(head, r)) for r in rows[1:] if r]
@@ -41,7 +44,8 @@ def read_classes(
     "The classes; by their numbers, where the file of the challenge gives them."
     rows = read_table(label_file)
     bad = next((i for i,r in enumerate(rows, 1) if len(r) not in (2, 3)), None)
-    if bad: raise AnnotationError(f'{label_file}:{bad}: {len(rows[bad-1])} values, expected code and name.')
+    if bad:
+        raise AnnotationError(f'{label_file}:{bad}: {len(rows[bad-1])} values, expected code and name.')
     if rows and len(rows[0]) == 3: rows = sorted(rows, key=lambda r: int(r[2]))
     return {r[0]: r[1] for r in rows}
 
@@ -65,16 +69,22 @@ def open_images_lists(
     photos=(),  # image ids that are there even without a box
 )->dict:        # images, annotations (with `group`), categories
     "A table of boxes as COCO's lists."
-    out = dict(images={}, annotations=[], categories=[dict(id=k+1, name=n) for k,n in enumerate(classes.values())])
+    out = dict(images={}, annotations=[],
+               categories=[dict(id=k+1, name=n) for k,n in enumerate(classes.values())])
     label = {c: k+1 for k,c in enumerate(classes)}
     for name in dict.fromkeys([*photos, *(r['ImageID'].removesuffix('.jpg') for r in rows)]):
-        out['images'][name] = dict(zip(('width', 'height'), sizes(name)), id=name, file_name=f'{name}.jpg')
+        out['images'][name] = dict(zip(('width', 'height'), sizes(name)), id=name,
+                                   file_name=f'{name}.jpg')
     for i,r in enumerate(rows, 1):
         place,name = f'{path}, row {i}',r['ImageID'].removesuffix('.jpg')
-        if r['LabelName'] not in label: raise AnnotationError(f'{place}: LabelName is {r["LabelName"]!r}, which label_file does not have.')
+        if r['LabelName'] not in label:
+            raise AnnotationError(f'{place}: LabelName is {r["LabelName"]!r}, which label_file does not '
+                                  'have.')
         w,h = (out['images'][name][k] for k in ('width', 'height'))
-        x1,x2,y1,y2 = [number_at(r, k, place)*v for k,v in (('XMin', w), ('XMax', w), ('YMin', h), ('YMax', h))]
-        out['annotations'].append(dict(id=i, image_id=name, category_id=label[r['LabelName']], bbox=[x1, y1, x2-x1, y2-y1], group=r['IsGroupOf'] == '1'))
+        x1,x2,y1,y2 = [number_at(r, k, place)*v
+                       for k,v in (('XMin', w), ('XMax', w), ('YMin', h), ('YMax', h))]
+        out['annotations'].append(dict(id=i, image_id=name, category_id=label[r['LabelName']],
+                                       bbox=[x1, y1, x2-x1, y2-y1], group=r['IsGroupOf'] == '1'))
     return dict(out, images=list(out['images'].values()))
 
 # %% ../../nbs/02_data/03d_open_images.ipynb #920164b1
@@ -117,34 +127,40 @@ class OpenImagesDataset(CocoDataset):
         hierarchy_file=None,       # json of the tree
         get_metas=True,            # accepted
         load_from_file=True,       # accepted
-        meta_file='',              # json `{ImageID: [width, height]}`, or empty: the photos' heads are read
+        meta_file='',              # json `{ImageID: [width, height]}`; empty: the photos say it
         filter_labels=True,        # detections of a class that was not looked for do not count
         load_image_level_labels=True, # read `image_level_ann_file`
         **kwargs,                  # of `CocoDataset`: img_prefix, data_root, test_mode, ...
     ):
         root = Path(kwargs.get('data_root') or '')
         place = lambda p: root/p if p else None
-        self.class_codes,self.get_supercategory,self.filter_labels = read_classes(place(label_file)),get_supercategory,filter_labels
-        self.class_label_tree = class_tree(hierarchy_file and read_json(place(hierarchy_file), 'hierarchy_file'), self.class_codes)
+        self.class_codes = read_classes(place(label_file))
+        self.get_supercategory,self.filter_labels = get_supercategory,filter_labels
+        tree = hierarchy_file and read_json(place(hierarchy_file), 'hierarchy_file')
+        self.class_label_tree = class_tree(tree, self.class_codes)
         self.metas = load_metas(place(meta_file))
         super().__init__(ann_file, pipeline, **kwargs)
         looked = place(image_level_ann_file) if load_image_level_labels else None
-        self.verified = verified_labels(read_table(looked, ['ImageID', 'LabelName']), self.class_codes) if looked else None
+        rows = read_table(looked, ['ImageID', 'LabelName']) if looked else None
+        self.verified = None if rows is None else verified_labels(rows, self.class_codes)
 
     def load_annotations(self,
         ann_file, # path of the table
     )->dict:      # images, annotations, categories
         "The table as COCO's lists."
-        rows = read_table(ann_file, ['ImageID', 'LabelName', 'XMin', 'XMax', 'YMin', 'YMax', 'IsGroupOf'])
+        rows = read_table(ann_file,
+                          ['ImageID', 'LabelName', 'XMin', 'XMax', 'YMin', 'YMax', 'IsGroupOf'])
         found = open_images_lists(rows, self.class_codes, self.size_of, ann_file)
-        self.groups = np.array([False] + [a['group'] for a in found['annotations']])            # by the annotation's id, from 1
+        # by the annotation's id, from 1
+        self.groups = np.array([False] + [a['group'] for a in found['annotations']])
         return found
 
     def size_of(self,
         image_id, # without ending
     )->tuple:     # width, height, pixels
         "How large a photo is."
-        return self.metas[image_id] if image_id in self.metas else photo_size(Path(self.img_prefix or '')/f'{image_id}.jpg')
+        if image_id in self.metas: return self.metas[image_id]
+        return photo_size(Path(self.img_prefix or '')/f'{image_id}.jpg')
 
     def get_ann_info(self,
         idx:int,  # position of the image
@@ -153,20 +169,25 @@ class OpenImagesDataset(CocoDataset):
         found,info = super().get_ann_info(idx),self.data_infos[idx]
         rows = self.rows[slice(*self.ends[idx:idx+2])]; rows = rows[(rows['why'] == 0) & ~rows['crowd']]
         share = np.array([info['width'], info['height']]*2, np.float32)
-        return dict(found, bboxes=found['bboxes']/share, bboxes_ignore=found['bboxes_ignore']/share, gt_is_group_ofs=self.groups[rows['id']])
+        return dict(found, bboxes=found['bboxes']/share, bboxes_ignore=found['bboxes_ignore']/share,
+                    gt_is_group_ofs=self.groups[rows['id']])
 
+# %% ../../nbs/02_data/03d_open_images.ipynb #392b9e06
 def load_metas(
     meta_file,  # path of a json, or None
 )->dict:        # image id: width, height
     "Sizes of photos that somebody has measured before."
     if meta_file is None: return {}
     if Path(meta_file).suffix in ('.pkl', '.pickle'):
-        raise ValueError(f'{meta_file}: a pickle can run any code when it is read, and is refused. Write a json {{ImageID: [width, height]}}, or leave meta_file out.')
+        raise ValueError(f'{meta_file}: a pickle can run any code when it is read, and is refused. '
+                         f'Write a json {{ImageID: [width, height]}}, or leave meta_file out.')
     return {k: tuple(v) for k,v in read_json(meta_file, 'meta_file').items()}
 
 # %% ../../nbs/02_data/03d_open_images.ipynb #f4f29127
 def read_blocks(
-    path,    # text: a name, a line that is not used, a number of boxes, then `label x1 y1 x2 y2 group` for each, label from 1
+    # text: a name, a line that is not used, a number of boxes,
+    # then `label x1 y1 x2 y2 group` for each, label from 1
+    path,
     classes, # codes, by label
 )->tuple:    # rows as in the table of version 6; image ids
     "The challenge's text as a table."
@@ -179,11 +200,15 @@ def read_blocks(
             n = int(lines[i+2]); photos.append(Path(lines[i].strip()).stem)
             for words in [lines[k].split() for k in range(i+3, i+3+n)]:
                 label,x1,y1,x2,y2,group = words
-                rows.append(dict(ImageID=photos[-1], LabelName=classes[int(label)-1], XMin=x1, YMin=y1, XMax=x2, YMax=y2, IsGroupOf=group))
-        except (IndexError, ValueError): raise AnnotationError(f'{path}:{i+1}: this block is not a name, a line, a number and as many boxes.') from None
+                rows.append(dict(ImageID=photos[-1], LabelName=classes[int(label)-1], XMin=x1, YMin=y1,
+                                 XMax=x2, YMax=y2, IsGroupOf=group))
+        except (IndexError, ValueError):
+            raise AnnotationError(f'{path}:{i+1}: this block is not a name, a line, a number and as '
+                                  'many boxes.') from None
         i += 3+n
     return rows,photos
 
+# %% ../../nbs/02_data/03d_open_images.ipynb #f5fab8a3
 @DATASETS.register_module()
 class OpenImagesChallengeDataset(OpenImagesDataset):
     "Open Images, challenge of 2019."

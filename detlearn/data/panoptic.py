@@ -39,14 +39,16 @@ def check_segments(
     known = {c.get('id') for c in coco['categories']}
     for i,ann in enumerate(coco['annotations']):
         if not isinstance(ann.get('segments_info'), list):
-            raise AnnotationError(f'{path}: /annotations/{i}/segments_info is missing: this is no panoptic file. '
+            raise AnnotationError(f'{path}: /annotations/{i}/segments_info is missing: this is no '
+                                  'panoptic file. '
                                   'For boxes and polygons use CocoDataset.')
         for k,s in enumerate(ann['segments_info']):
             place = f'{path}: /annotations/{i}/segments_info/{k}'
             if not isinstance(s, dict) or not isinstance(s.get('id'), int):
                 raise AnnotationError(f'{place} is {s!r:.60}, expected an object with a number `id`.')
             if s.get('category_id') not in known:
-                raise AnnotationError(f'{place}/category_id is {s.get("category_id")!r}, and /categories has no such id.')
+                raise AnnotationError(f'{place}/category_id is {s.get("category_id")!r}, and '
+                                      '/categories has no such id.')
             check_box(s.get('bbox'), f'{place}/bbox')
 
 # %% ../../nbs/02_data/04e_panoptic.ipynb #36422dad
@@ -56,8 +58,10 @@ def things_and_segments(
     "A panoptic file as COCO's three lists."
     thing = {c['id']: bool(c.get('isthing', 1)) for c in coco['categories']}
     of = {a.get('image_id'): a for a in coco['annotations']}
-    rows = [dict(s, image_id=i) for i,a in of.items() for s in a['segments_info'] if thing[s['category_id']]]
-    rows = [dict(s, id=k) for k,s in enumerate(rows, 1)]  # a segment's number is its own in its picture alone
+    rows = [dict(s, image_id=i) for i,a in of.items() for s in a['segments_info']
+            if thing[s['category_id']]]
+    # a segment's number is its own in its picture alone
+    rows = [dict(s, id=k) for k,s in enumerate(rows, 1)]
     note = lambda s: (s['id'], s['category_id'], thing[s['category_id']] and not s.get('iscrowd'))
     images = []
     for im in coco['images']:
@@ -89,7 +93,8 @@ class CocoPanopticDataset(CocoDataset):
 
     def get_ann_info(self,
         idx:int,  # position of the image
-    )->dict:      # as `CocoDataset`, but `masks`: dicts `id`, `category` (label), `is_thing`, all segments
+        # as `CocoDataset`, but `masks`: dicts `id`, `category` (label), `is_thing`, all segments
+    )->dict:
         "The objects and segments of one image."
         info = self.data_infos[idx]
         masks = [dict(id=i, category=self.cat2label[c], is_thing=thing)
@@ -132,7 +137,8 @@ class LoadPanopticAnnotations(LoadAnnotations):
         numbers = rgb_to_id(read_image(path, 'color', 'seg_prefix'))
         masks,classes = split_segments(numbers, ann['masks'])
         if with_mask:
-            out.update(gt_masks=tv_tensors.Mask(masks), mask_fields=added(out, 'mask_fields', 'gt_masks'))
+            out.update(gt_masks=tv_tensors.Mask(masks),
+                       mask_fields=added(out, 'mask_fields', 'gt_masks'))
         if with_seg:
             fields = added(out, 'seg_fields', 'gt_semantic_seg')
             out.update(gt_semantic_seg=tv_tensors.Mask(classes), seg_fields=fields)

@@ -69,7 +69,8 @@ class ToDataContainer:
     def __call__(self, results):
         lost = [f['key'] for f in self.fields if f['key'] not in results]
         if lost:
-            raise ValueError(f'ToDataContainer: {lost[0]!r} is not there; there are {", ".join(results)}.')
+            raise ValueError(f'ToDataContainer: {lost[0]!r} is not there; there are '
+                             f'{", ".join(results)}.')
         return results
 
 @PIPELINES.register_module()

@@ -25,7 +25,8 @@ def step_costs(
     dataset,   # `CocoDataset` or of its kind
     n:int=20,  # photos; the first one is run twice, and its first run does not count
     seed:int=0,# of the random steps
-)->dict:       # name -> milliseconds of processor time, median; `annotations` is what is done before the first step
+    # name -> milliseconds of processor time, median; `annotations` is what is done before the first step
+)->dict:
     "What each step of a pipeline costs."
     spent,numbers = defaultdict(list),[k % len(dataset) for k in range(n)]
     for count,i in enumerate([numbers[0], *numbers]):
@@ -103,7 +104,8 @@ class TorchvisionReference(Dataset):
         infos = [dataset.get_ann_info(i) for i in range(len(dataset))]
         self.objects = [(torch.from_numpy(a['bboxes']), torch.from_numpy(a['labels'])) for a in infos]
         self.transforms = reference_steps(min_size, max_size, scale_first)
-        self.model_part = GeneralizedRCNNTransform(min_size, max_size, [.485, .456, .406], [.229, .224, .225])
+        self.model_part = GeneralizedRCNNTransform(min_size, max_size, [.485, .456, .406],
+                                                   [.229, .224, .225])
 
     def __len__(self): return len(self.paths)
 
@@ -134,5 +136,6 @@ def reference_steps(
 )->v2.Compose:        # takes `(PIL image, target)`
     "The presets 'hflip' and 'multiscale' of the reference."
     first = [v2.RandomShortestSize([min_size], max_size)] if scale_first else []
-    return v2.Compose([*first, v2.RandomHorizontalFlip(.5), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+    return v2.Compose([*first, v2.RandomHorizontalFlip(.5), v2.PILToTensor(),
+                       v2.ToDtype(torch.float32, scale=True),
                        v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])

@@ -42,7 +42,8 @@ def decode_by_pil(
     if image.mode.startswith('I;16') and mode:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     pixels = np.array(image.convert(mode) if mode else image).reshape(image.height, image.width, -1)
-    return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)).permute(2, 0, 1)
+    return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)).permute(
+        2, 0, 1)
 
 # %% ../../nbs/02_data/04_transforms.ipynb #ba91f51b
 READ_MODES = dict(color=('RGB', 'RGB'), grayscale=('GRAY', 'L'), unchanged=('UNCHANGED', None))
@@ -179,7 +180,8 @@ class LoadAnnotations:
         poly2mask:bool=True,    # False: polygons become pixels all the same, with a warning
         denorm_bbox:bool=False, # boxes in the file are shares of width and height
         file_client_args=None,  # None or `dict(backend='disk')`
-        normed_bbox=None,       # an older name of `denorm_bbox`, which one config of the zoo still writes
+        # an older name of `denorm_bbox`, which one config of the zoo still writes
+        normed_bbox=None,
     ):
         check_client(file_client_args)
         if normed_bbox is not None:
@@ -467,7 +469,8 @@ class Pad:
         size=None,               # `(height, width)`
         size_divisor=None,       # or: up to the next multiple
         pad_to_square:bool=False,# or: a square
-        pad_val=None,            # `dict(img=0, masks=0, seg=255)`, see `zoo_colour`; or one for the image
+        # `dict(img=0, masks=0, seg=255)`, see `zoo_colour`; or one for the image
+        pad_val=None,
     ):
         if (size is not None) + (size_divisor is not None) + bool(pad_to_square) != 1:
             raise ValueError('Pad: write exactly one of size, size_divisor and pad_to_square.')

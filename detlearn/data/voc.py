@@ -31,6 +31,7 @@ class Element(list):
         "A child."
         return next((e for e in self if e.tag == tag), None)
 
+# %% ../../nbs/02_data/02_voc.ipynb #411dbc3e
 class TreeMaker(xml.sax.ContentHandler):
     "Builds a tree of `Element`s; `root` is its top."
     def __init__(self): super().__init__(); self.root,self.open = None,[]
@@ -64,17 +65,21 @@ def read_xml(
 )->'Element':    # its top
     "A tree with places; what can't be read, or should not be, becomes a sentence."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(no_such_file(path, 'ann_file, img_prefix and ann_subdir'))
+    if not path.is_file():
+        raise FileNotFoundError(no_such_file(path, 'ann_file, img_prefix and ann_subdir'))
     data,tree = path.read_bytes(),TreeMaker()
-    if not data.strip(): raise AnnotationError(f'{path}: the file is empty ({len(data)} bytes). Copy or export it again.')
+    if not data.strip():
+        raise AnnotationError(f'{path}: the file is empty ({len(data)} bytes). Copy or export it again.')
     try: defusedxml.sax.parseString(data, tree)
     except DefusedXmlException as e:
         raise AnnotationError(f'{path}: defines an entity or names a file ({type(e).__name__}); '
                               'no annotation needs that, and it is refused.') from None
     except xml.sax.SAXParseException as e:
-        raise AnnotationError(f'{path}:{e.getLineNumber()}:{e.getColumnNumber()+1}: no xml: {e.getMessage()}. '
+        raise AnnotationError(f'{path}:{e.getLineNumber()}:{e.getColumnNumber()+1}: no xml: '
+                              f'{e.getMessage()}. '
                               'Is the file cut short?') from None
-    except (AnnotationError, LookupError, ValueError) as e: raise AnnotationError(f'{path}: no xml: {e}.') from None
+    except (AnnotationError, LookupError, ValueError) as e:
+        raise AnnotationError(f'{path}: no xml: {e}.') from None
     return tree.root
 
 # %% ../../nbs/02_data/02_voc.ipynb #f5b0dac8
@@ -90,9 +95,12 @@ def number_in(
     if e is None: raise AnnotationError(f'{path}:{parent.line}: <{parent.tag}> has no <{tag}>.')
     try: v = float(e.text)
     except ValueError: v = float('nan')
-    if not abs(v) < 1e9: raise AnnotationError(f'{path}:{e.line}:{e.column}: <{tag}> is {e.text.strip()!r:.40}, expected a number.')
+    if not abs(v) < 1e9:
+        raise AnnotationError(f'{path}:{e.line}:{e.column}: <{tag}> is {e.text.strip()!r:.40}, expected '
+                              'a number.')
     return v
 
+# %% ../../nbs/02_data/02_voc.ipynb #8c96e185
 def read_object(
     e,      # `Element` of an `<object>`
     path,   # of the file, for the sentence
@@ -101,23 +109,29 @@ def read_object(
     name,box = e.find('name'),e.find('bndbox')
     for tag,child in (('name', name), ('bndbox', box)):
         if child is None: raise AnnotationError(f'{path}:{e.line}: <object> has no <{tag}>.')
-    if not name.text.strip(): raise AnnotationError(f'{path}:{name.line}: <name> is empty, expected a class.')
+    if not name.text.strip():
+        raise AnnotationError(f'{path}:{name.line}: <name> is empty, expected a class.')
     corners = [number_in(box, t, path) for t in ('xmin', 'ymin', 'xmax', 'ymax')]
-    return dict(name=name.text.strip(), box=corners, difficult=number_in(e, 'difficult', path, 0) > 0, line=e.line, column=e.column)
+    return dict(name=name.text.strip(), box=corners, difficult=number_in(e, 'difficult', path, 0) > 0,
+                line=e.line, column=e.column)
 
+# %% ../../nbs/02_data/02_voc.ipynb #fb16a543
 def read_voc(
     path,      # an xml file
 )->dict:       # filename, folder (empty: not said), width, height (0: not said), objects
     "What an xml file says about its photo."
     top = read_xml(path)
-    if top.tag != 'annotation': raise AnnotationError(f'{path}:{top.line}: the top is <{top.tag}>, expected <annotation>.')
-    size,(name,folder) = top.find('size'),[e.text.strip() if e is not None else '' for e in map(top.find, ('filename', 'folder'))]
+    if top.tag != 'annotation':
+        raise AnnotationError(f'{path}:{top.line}: the top is <{top.tag}>, expected <annotation>.')
+    text = lambda e: e.text.strip() if e is not None else ''
+    name,folder,size = text(top.find('filename')),text(top.find('folder')),top.find('size')
     width,height = (number_in(size, t, path, 0) if size is not None else 0 for t in ('width', 'height'))
     return dict(filename=name, folder=folder, width=int(width), height=int(height),
                 objects=[read_object(e, path) for e in top if e.tag == 'object'])
 
 # %% ../../nbs/02_data/02_voc.ipynb #26df25a3
-ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.JPG', '.JPEG', '.PNG')  # of photos, in the order of trial
+# of photos, in the order of trial
+ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.JPG', '.JPEG', '.PNG')
 
 def find_photo(
     stem:str,  # path of a photo without its ending
@@ -137,7 +151,8 @@ def photo_size(
             with Image.open(path) as im:
                 turned = im.getexif().get(0x112, 1) in (5, 6, 7, 8)
                 return im.size[::-1] if turned else im.size
-    except Exception as e: raise AnnotationError(f'{path}: no image whose size can be read ({str(e):.60}).') from None
+    except Exception as e:
+        raise AnnotationError(f'{path}: no image whose size can be read ({str(e):.60}).') from None
 
 # %% ../../nbs/02_data/02_voc.ipynb #2562ff8c
 def voc_lists(
@@ -151,12 +166,15 @@ def voc_lists(
     names = [*(classes or []), *(n for n in found if n not in (classes or ()))]
     ids,out = {n: i+1 for i,n in enumerate(names)},dict(images=[], annotations=[], categories=[])
     for name,f in files.items():
-        out['images'].append(dict(id=name, file_name=f['file_name'], width=f['width'], height=f['height']))
+        out['images'].append(dict(id=name, file_name=f['file_name'], width=f['width'],
+                                  height=f['height']))
         for o in f['objects']:
             x1,y1,x2,y2 = (v - origin for v in o['box'])
             hard = o['difficult'] or (min_size is not None and min(x2-x1, y2-y1) < min_size)
-            out['annotations'].append(dict(id=len(out['annotations'])+1, image_id=name, category_id=ids[o['name']],
-                                           bbox=[x1, y1, x2-x1, y2-y1], area=(x2-x1)*(y2-y1), iscrowd=int(hard)))
+            out['annotations'].append(dict(id=len(out['annotations'])+1, image_id=name,
+                                           category_id=ids[o['name']],
+                                           bbox=[x1, y1, x2-x1, y2-y1], area=(x2-x1)*(y2-y1),
+                                           iscrowd=int(hard)))
     return dict(out, categories=[dict(id=i, name=n) for n,i in ids.items()])
 
 # %% ../../nbs/02_data/02_voc.ipynb #2dbf2c6c
@@ -173,7 +191,8 @@ class XMLDataset(CocoDataset):
         origin:float=1,             # number of the first pixel: 1 in VOC, 0 with many tools
         **kwargs,                   # of `CocoDataset`: img_prefix, data_root, classes, test_mode, ...
     ):
-        if min_size is not None and kwargs.get('test_mode'): raise ValueError('min_size is for training; leave it out with test_mode=True.')
+        if min_size is not None and kwargs.get('test_mode'):
+            raise ValueError('min_size is for training; leave it out with test_mode=True.')
         self.min_size,self.img_subdir,self.ann_subdir,self.origin = min_size,img_subdir,ann_subdir,origin
         super().__init__(ann_file, pipeline, **kwargs)
 
@@ -187,7 +206,8 @@ class XMLDataset(CocoDataset):
             check_name(stem, f'{folder}/{name}.xml: the photo')
             whole = os.path.join(self.img_prefix or '', stem)
             found['file_name'] = str(PurePosixPath(stem + find_photo(whole)))
-            if min(found['width'], found['height']) < 1: found['width'],found['height'] = photo_size(whole + find_photo(whole))
+            if min(found['width'], found['height']) < 1:
+                found['width'],found['height'] = photo_size(whole + find_photo(whole))
             files[name] = found
         self.ann_file = ann_file or str(folder)
         say_unseen(files, type(self).CLASSES is None and self.CLASSES or (), folder)
@@ -207,14 +227,17 @@ def names_of(
 )->list:      # names without ending, each once
     "Which photos belong to the set."
     if ann_file is None:
-        if not folder.is_dir(): raise FileNotFoundError(no_such_file(folder, 'img_prefix and ann_subdir'))
+        if not folder.is_dir():
+            raise FileNotFoundError(no_such_file(folder, 'img_prefix and ann_subdir'))
         return sorted(p.stem for p in folder.glob('*.xml'))
     path = Path(ann_file)
     if not path.is_file(): raise FileNotFoundError(no_such_file(path, 'ann_file and data_root'))
-    lines = [(i, l.strip()) for i,l in enumerate(path.read_text(errors='replace').splitlines(), 1) if l.strip()]
+    lines = [(i, l.strip()) for i,l in enumerate(path.read_text(errors='replace').splitlines(), 1)
+             if l.strip()]
     for i,name in lines: check_name(name, f'{path}:{i}')
     return list(dict.fromkeys(name for _,name in lines))
 
+# %% ../../nbs/02_data/02_voc.ipynb #d20c0579
 def say_unseen(
     files:dict, # of `voc_lists`
     classes,    # names that are asked for
@@ -223,7 +246,8 @@ def say_unseen(
     "A class that no object has may be a slip of the pen."
     found = {o['name'] for f in files.values() for o in f['objects']}
     for c in classes:
-        if found and c not in found: warnings.warn(f'{folder}: no object is called {c!r}{nearest(c, sorted(found))}')
+        if found and c not in found:
+            warnings.warn(f'{folder}: no object is called {c!r}{nearest(c, sorted(found))}')
 
 # %% ../../nbs/02_data/02_voc.ipynb #3c7b1dff
 def voc_text(
@@ -235,31 +259,39 @@ def voc_text(
     "One xml file."
     number = lambda v: repr(int(v)) if float(v).is_integer() else repr(float(v))
     tags = lambda names, values: ''.join(f'<{t}>{number(v)}</{t}>' for t,v in zip(names, values))
+    corners = lambda box: tags(('xmin', 'ymin', 'xmax', 'ymax'), [v+origin for v in box])
     rows = [f'<object><name>{escape(c)}</name><difficult>{int(hard)}</difficult>'
-            f'<bndbox>{tags(("xmin", "ymin", "xmax", "ymax"), [v+origin for v in box])}</bndbox></object>' for c,box,hard in objects]
-    head = f'<filename>{escape(name)}</filename>\n<size>{tags(("width", "height", "depth"), [*size, 3])}</size>'
-    return '\n'.join(['<annotation>', head, *rows, '</annotation>', ''])
+            f'<bndbox>{corners(box)}</bndbox></object>' for c,box,hard in objects]
+    shape = tags(('width', 'height', 'depth'), [*size, 3])
+    head = [f'<filename>{escape(name)}</filename>', f'<size>{shape}</size>']
+    return '\n'.join(['<annotation>', *head, *rows, '</annotation>', ''])
 
+# %% ../../nbs/02_data/02_voc.ipynb #d72ee87f
 def write_voc(
     coco,                # images, annotations, categories; or a data set that has them in `.coco`
-    root,                # folder that gets `Annotations` and `ImageSets/Main`; photos belong into `JPEGImages`
+    root,                # folder that gets `Annotations` and `ImageSets/Main`, and no photos
     split:str='train',   # name of the list
     origin:float=1,      # number of the first pixel
 )->Path:                 # of the list
     "A VOC data set, without the photos."
     coco = getattr(coco, 'coco', coco); root = Path(root)
-    names,objects = {c['id']: c['name'] for c in coco['categories']},{im['id']: [] for im in coco['images']}
+    names = {c['id']: c['name'] for c in coco['categories']}
+    objects = {im['id']: [] for im in coco['images']}
     for a in coco['annotations']:
         x,y,w,h = a['bbox']
         objects[a['image_id']].append((names[a['category_id']], (x, y, x+w, y+h), a.get('iscrowd', 0)))
     masks = sum(bool(a.get('segmentation')) for a in coco['annotations'])
     if masks: print(f'{root}: left out {masks} mask{"s"*(masks != 1)}: the format holds boxes.')
-    stems = [str(PurePosixPath(im['file_name'].removeprefix('JPEGImages/')).with_suffix('')) for im in coco['images']]
-    if len(set(stems)) < len(stems): raise ValueError(f'{root}: two photos would share an xml file; their names differ in the ending alone.')
+    stems = [str(PurePosixPath(im['file_name'].removeprefix('JPEGImages/')).with_suffix(''))
+             for im in coco['images']]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f'{root}: two photos would share an xml file; their names differ in the ending '
+                         'alone.')
     for stem,im in zip(stems, coco['images']):
-        check_name(im['file_name'], f'{root}: file_name'); file = root/'Annotations'/f'{stem}.xml'
+        check_name(im['file_name'], f'{root}: file_name')
+        file,name = root/'Annotations'/f'{stem}.xml',PurePosixPath(im['file_name']).name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(voc_text(PurePosixPath(im['file_name']).name, (im['width'], im['height']), objects[im['id']], origin))
+        file.write_text(voc_text(name, (im['width'], im['height']), objects[im['id']], origin))
     out = root/'ImageSets'/'Main'/f'{split}.txt'; out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(''.join(s + '\n' for s in stems))
     return out

@@ -49,6 +49,7 @@ def map_tables(
                                         ['mAP', '', '', '', f'{mean:.3f}']))
     return out
 
+# %% ../../nbs/13_evaluation/03b_eval_summary.ipynb #94cf7fe2
 def print_map_summary(
     mean_ap,          # of `eval_map`
     results,          # likewise
@@ -91,6 +92,7 @@ def plot_num_recall(
     ax.set(xlabel='proposals', ylabel='recall', ylim=(0, 1.02), xlim=(0, None))
     return ax
 
+# %% ../../nbs/13_evaluation/03b_eval_summary.ipynb #3f1a25f9
 def plot_iou_recall(
     recalls,  # `(t,)` array
     iou_thrs, # `t` overlaps

@@ -16,8 +16,9 @@ def with_parents(
     tree,     # `(C, C)` bool: `[c, d]`: every `c` is a `d`
 )->dict:      # the same, an object once for each of its classes
     "Objects of a class are objects of all classes above it."
-    which,labels = np.nonzero(tree[ann['labels']]) if len(ann['labels']) else (np.zeros(0, int), np.zeros(0, int))
-    return dict(bboxes=ann['bboxes'][which], labels=labels, gt_is_group_ofs=np.asarray(ann['gt_is_group_ofs'], bool)[which])
+    which,labels = np.nonzero(tree[np.asarray(ann['labels'], int)])
+    return dict(bboxes=ann['bboxes'][which], labels=labels,
+                gt_is_group_ofs=np.asarray(ann['gt_is_group_ofs'], bool)[which])
 
 # %% ../../nbs/13_evaluation/06_open_images_metric.ipynb #50edfb2a
 def judged_arrays(
@@ -29,7 +30,8 @@ def judged_arrays(
     "Detections for all their classes, without what nobody has looked for."
     out = []
     for d,own in enumerate(arrays):
-        below = [arrays[c] for c in np.flatnonzero(tree[:, d]) if c != d] if tree is not None and allowed[d] else []
+        up = tree is not None and allowed[d]
+        below = [arrays[c] for c in np.flatnonzero(tree[:, d]) if c != d] if up else []
         out.append(np.concatenate([own, *below]) if allowed[d] or keep else own[:0])
     return out
 
@@ -62,9 +64,11 @@ class OpenImagesMetric(MapMetric):
         for i,(own,info) in enumerate(zip(arrays_of(data, results), data.data_infos)):
             found = data.get_ann_info(i)
             size = np.array([info['width'], info['height']]*2) if self.denorm else 1
-            found = dict(bboxes=found['bboxes']*size, labels=found['labels'], gt_is_group_ofs=found['gt_is_group_ofs'])
+            found = dict(bboxes=found['bboxes']*size, labels=found['labels'],
+                         gt_is_group_ofs=found['gt_is_group_ofs'])
             truth.append(with_parents(found, data.class_label_tree) if data.get_supercategory else found)
             looked = list((data.verified or {}).get(info['id'], ()))
             allowed = np.isin(np.arange(len(own)), [*truth[-1]['labels'], *looked])
-            arrays.append(judged_arrays(own, data.class_label_tree if data.get_supercategory else None, allowed, not data.filter_labels))
+            arrays.append(judged_arrays(own, data.class_label_tree if data.get_supercategory else None,
+                                        allowed, not data.filter_labels))
         return arrays,truth

@@ -25,7 +25,8 @@ def overlaps_by_pair(
     b,       # the same
 )->tuple:    # `{(a, b): pixels}`, `{a: pixels}`, `{b: pixels}`
     "How many pixels two pictures have in common, by the numbers in them."
-    if a.shape != b.shape: raise ValueError(f'the answer has {b.shape} pixels, the picture of the truth {a.shape}.')
+    if a.shape != b.shape:
+        raise ValueError(f'the answer has {b.shape} pixels, the picture of the truth {a.shape}.')
     pairs,counts = np.unique(np.stack([a.ravel(), b.ravel()]), axis=1, return_counts=True)
     areas = [dict(zip(*(v.tolist() for v in np.unique(x, return_counts=True)))) for x in (a, b)]
     return dict(zip(map(tuple, pairs.T.tolist()), counts.tolist())),*areas
@@ -39,7 +40,8 @@ def pq_counts(
 )->np.ndarray:   # `(4, C)` float: sum of IoU, matches, segments too many, segments missed
     "What one image adds to the quality of each class."
     label,crowd = {s['id']: s['label'] for s in segments},{s['id'] for s in segments if s['crowd']}
-    both,area,size = overlaps_by_pair(np.where(np.isin(numbers, list(label)), numbers, -1), np.asarray(pan))
+    both,area,size = overlaps_by_pair(np.where(np.isin(numbers, list(label)), numbers, -1),
+                                      np.asarray(pan))
     out,matched = np.zeros((4, classes)),set()
     for (g,p),n in both.items():
         if g in crowd or label.get(g, -1) != p % OFFSET: continue
@@ -66,12 +68,13 @@ def quality(
 def pq_summary(
     counts,    # `(4, C)`
     is_thing,  # `(C,)` bool
-)->dict:       # percent: `PQ SQ RQ`, then `_th` for things and `_st` for stuff; 0 where there is no class
+)->dict:       # percent: `PQ SQ RQ`, with `_th` for things, `_st` for stuff; 0 where there is none
     "Means over classes, in the zoo's words."
     table,thing,out = 100*quality(np.asarray(counts, float)),np.asarray(is_thing, bool),{}
     for end,chosen in (('', thing | ~thing), ('_th', thing), ('_st', ~thing)):
         part = table[:, chosen & ~np.isnan(table[0])]
-        out |= {f'{name}{end}': float(v) for name,v in zip(('PQ', 'SQ', 'RQ'), part.mean(1) if part.size else np.zeros(3))}
+        out |= {f'{name}{end}': float(v)
+                for name,v in zip(('PQ', 'SQ', 'RQ'), part.mean(1) if part.size else np.zeros(3))}
     return out
 
 # %% ../../nbs/13_evaluation/07_panoptic_quality.ipynb #03e87ac4
@@ -81,7 +84,8 @@ def segments_of(
 )->tuple:     # `(H, W)` ids; dicts: `id`, `label`, `crowd`
     "The true segments of an image; the picture is read."
     info,thing = data.data_infos[idx],[bool(c.get('isthing', 1)) for c in data.categories]
-    numbers = rgb_to_id(read_image(Path(data.seg_prefix or '')/info['segm_file'], 'color', 'seg_prefix')).numpy()
+    file = Path(data.seg_prefix or '')/info['segm_file']
+    numbers = rgb_to_id(read_image(file, 'color', 'seg_prefix')).numpy()
     known = [(i, data.cat2label[c], single) for i,c,single in info['segments'] if c in data.cat2label]
     return numbers,[dict(id=i, label=l, crowd=thing[l] and not single) for i,l,single in known]
 
@@ -94,7 +98,8 @@ class PanopticMetric(CocoMetric):
         others = [m for m in self.metric if m != 'PQ']
         out = pq_numbers(self, data, [r['pan_results'] for r in results]) if 'PQ' in self.metric else {}
         if not others: return out
-        rule = CocoMetric(others, self.logger, self.jsonfile_prefix, self.classwise, self.proposal_nums, self.iou_thrs, self.metric_items)
+        rule = CocoMetric(others, self.logger, self.jsonfile_prefix, self.classwise, self.proposal_nums,
+                          self.iou_thrs, self.metric_items)
         return out | rule(things_of(data), [r['ins_results'] for r in results])
 
 def pq_numbers(
@@ -103,11 +108,14 @@ def pq_numbers(
     pans,  # `(H, W)` arrays, one for each image
 )->dict:   # of `pq_summary`; `NAME_PQ` with `classwise`
     "Quality over all images."
-    counts = sum((pq_counts(p, *segments_of(data, i), len(data.CLASSES)) for i,p in enumerate(pans)), np.zeros((4, len(data.CLASSES))))
+    counts = np.zeros((4, len(data.CLASSES)))
+    for i,p in enumerate(pans): counts += pq_counts(p, *segments_of(data, i), len(data.CLASSES))
     out = pq_summary(counts, [c.get('isthing', 1) for c in data.categories])
     if not rule.classwise: return out
     table = 100*np.nan_to_num(quality(counts))
-    if rule.logger != 'silent': say(table_text(['category', 'PQ', 'SQ', 'RQ'], [[n, *(f'{v:.1f}' for v in q)] for n,q in zip(data.CLASSES, table.T)]), rule.logger)
+    if rule.logger != 'silent':
+        rows = [[n, *(f'{v:.1f}' for v in q)] for n,q in zip(data.CLASSES, table.T)]
+        say(table_text(['category', 'PQ', 'SQ', 'RQ'], rows), rule.logger)
     return out | {f'{n}_PQ': float(v) for n,v in zip(data.CLASSES, table[0])}
 
 def things_of(
@@ -118,5 +126,7 @@ def things_of(
     things = [c for c in data.categories if c.get('isthing', 1)]
     coco = read_json(data.ins_ann_file, 'ins_ann_file') if data.ins_ann_file else data.coco
     ids = {c['id'] for c in things}
-    coco = dict(coco, categories=things, annotations=[a for a in coco['annotations'] if a['category_id'] in ids])
-    return Things(coco=coco, cat_ids=[c['id'] for c in things], data_infos=data.data_infos, CLASSES=[c['name'] for c in things])
+    coco = dict(coco, categories=things,
+                annotations=[a for a in coco['annotations'] if a['category_id'] in ids])
+    return Things(coco=coco, cat_ids=[c['id'] for c in things], data_infos=data.data_infos,
+                  CLASSES=[c['name'] for c in things])
