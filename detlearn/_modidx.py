@@ -2661,6 +2661,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                      'detlearn/engine/distributed.py'),
                                              'detlearn.engine.distributed.first_here': ( '14_engine/distributed.html#first_here',
                                                                                          'detlearn/engine/distributed.py'),
+                                             'detlearn.engine.distributed.first_host': ( '14_engine/distributed.html#first_host',
+                                                                                         'detlearn/engine/distributed.py'),
                                              'detlearn.engine.distributed.found_launcher': ( '14_engine/distributed.html#found_launcher',
                                                                                              'detlearn/engine/distributed.py'),
                                              'detlearn.engine.distributed.free_port': ( '14_engine/distributed.html#free_port',

@@ -213,10 +213,10 @@ def slim(
     if 'state_dict' not in state: raise ValueError(f'{path} is no checkpoint: it has no state_dict.')
     kept = lambda k: k in ('CLASSES', 'PALETTE') or k.endswith('_version')
     meta = {k: v for k,v in (state.get('meta') or {}).items() if kept(k)}
-    base = Path(out).with_suffix('') if out else path.with_suffix('')
-    whole = base.with_suffix('.pth.part')
+    base = str(out or path.with_suffix('')).removesuffix('.pth')
+    whole = Path(f'{base}.pth.part')
     with atomic_write(whole) as temp: torch.save(dict(meta=meta, state_dict=state['state_dict']), temp)
-    final = base.with_name(f'{base.name}-{hashlib.sha256(whole.read_bytes()).hexdigest()[:8]}.pth')
+    final = Path(f'{base}-{hashlib.sha256(whole.read_bytes()).hexdigest()[:8]}.pth')
     os.replace(whole, final)
     return final
 
@@ -260,7 +260,8 @@ def keep_last(
     number:int,    # of the newest
     keep:int,      # how many stay, the newest included; below 1: all
 )->list:           # names of the removed files
-    "Remove the older ones."
+    "Remove the older ones; a template without `{}` has but one file."
+    if '{}' not in template: return []
     pre,post = template.split('{}')
     found = [p.name[len(pre):len(p.name)-len(post)] for p in Path(folder).glob(f'{pre}*{post}')]
     numbers = sorted(int(n) for n in found if n.isdigit() and int(n) <= number)
