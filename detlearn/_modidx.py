@@ -3512,6 +3512,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                            'detlearn/evaluation/dataset_metrics.py'),
                                                      'detlearn.evaluation.dataset_metrics.ids_of': ( '13_evaluation/dataset_metrics.html#ids_of',
                                                                                                      'detlearn/evaluation/dataset_metrics.py'),
+                                                     'detlearn.evaluation.dataset_metrics.known_metrics': ( '13_evaluation/dataset_metrics.html#known_metrics',
+                                                                                                            'detlearn/evaluation/dataset_metrics.py'),
                                                      'detlearn.evaluation.dataset_metrics.map_numbers': ( '13_evaluation/dataset_metrics.html#map_numbers',
                                                                                                           'detlearn/evaluation/dataset_metrics.py'),
                                                      'detlearn.evaluation.dataset_metrics.parts_of': ( '13_evaluation/dataset_metrics.html#parts_of',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parts_of', 'encode_mask', 'are_rows', 'ids_of', 'check_length', 'rows_of_image', 'rows_of', 'arrays_of',
-           'results2json', 'fast_recalls', 'chosen', 'CocoMetric', 'precision_numbers', 'recall_numbers', 'LVISMetric',
-           'MapMetric', 'VOCMetric', 'map_numbers', 'pascal_recalls', 'evaluator_of']
+           'results2json', 'fast_recalls', 'chosen', 'known_metrics', 'CocoMetric', 'precision_numbers',
+           'recall_numbers', 'LVISMetric', 'MapMetric', 'VOCMetric', 'map_numbers', 'pascal_recalls', 'evaluator_of']
 
 # %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #71a0ed6f
 import json, tempfile
@@ -25,15 +25,17 @@ from .voc_map import eval_map, eval_recalls
 def parts_of(
     result,     # of one image: list of `(n, 5)` arrays; `(boxes, masks)`; `(n, 5)` array; `Detections`
     classes:int,# how many the data set has
-)->tuple:       # boxes: list of `(n, 5)` arrays; masks: list of lists, or None; scores of masks: list of lists
+)->tuple:       # boxes, `(n, 5)` arrays; masks, or None; scores of masks: a list for each class
     "Boxes by class, masks by class."
     if isinstance(result, Detections):
         one = result.to('cpu').cut()
         result = bbox2result(torch.cat([one.boxes, one.scores[:, None]], -1), one.labels, classes)
-    if isinstance(result, np.ndarray): return [result.reshape(-1, result.shape[-1] if result.size else 5)],None,None
+    if isinstance(result, np.ndarray):
+        return [result.reshape(-1, result.shape[-1] if result.size else 5)],None,None
     boxes,masks = result if isinstance(result, tuple) else (result, None)
     boxes = [np.asarray(b, np.float64).reshape(-1, 5) for b in boxes]
-    if len(boxes) != classes: raise ValueError(f'a result has boxes of {len(boxes)} classes, the data set has {classes}.')
+    if len(boxes) != classes:
+        raise ValueError(f'a result has boxes of {len(boxes)} classes, the data set has {classes}.')
     masks,scores = masks if isinstance(masks, tuple) else (masks, [b[:, 4].tolist() for b in boxes])
     return boxes,masks,scores
 
@@ -56,29 +58,37 @@ def ids_of(
     data,    # a data set
 )->list:     # in its order
     "The ids of its images."
-    return [im['id'] for im in (data.data_infos if hasattr(data, 'data_infos') else data.coco['images'])]
+    images = data.data_infos if hasattr(data, 'data_infos') else data.coco['images']
+    return [im['id'] for im in images]
 
 def check_length(
     data,    # a data set
     results, # a list with an entry for each image
 ):
     "One result an image, or `ValueError`."
-    if len(results) != len(data): raise ValueError(f'there are {len(results)} results for {len(data)} images: give one for each, in the order of the data set, an empty one too.')
+    if len(results) != len(data):
+        raise ValueError(f'there are {len(results)} results for {len(data)} images: give one for each, '
+                         'in the order of the data set, an empty one too.')
 
+# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #acc0d091
 def rows_of_image(
     image_id,   # of the annotation file
     result,     # see `parts_of`
     cat_ids,    # category id of each label
-    kind='bbox',# or `'segm'`: only what has a mask, with the mask's score; `'proposal'`: all in category 1
+    kind='bbox',# or `'segm'`: with masks and their scores; `'proposal'`: all in category 1
 )->list:        # dicts
     "One image as rows of COCO's result file."
     boxes,masks,scores = parts_of(result, len(cat_ids))
-    if kind == 'segm' and masks is None: raise ValueError("metric='segm' needs masks, but the results hold boxes alone.")
+    if kind == 'segm' and masks is None:
+        raise ValueError("metric='segm' needs masks, but the results hold boxes alone.")
     out = []
     for c,array in enumerate(boxes):
+        number = 1 if kind == 'proposal' else cat_ids[c]
         for k,(x1,y1,x2,y2,s) in enumerate(np.asarray(array, float)[:, :5].tolist()):
-            row = dict(image_id=image_id, category_id=1 if kind == 'proposal' else cat_ids[c], bbox=[x1, y1, x2-x1, y2-y1], score=s)
-            out.append(row | dict(segmentation=encode_mask(masks[c][k]), score=float(scores[c][k])) if kind == 'segm' else row)
+            row = dict(image_id=image_id, category_id=number, bbox=[x1, y1, x2-x1, y2-y1], score=s)
+            if kind == 'segm':
+                row |= dict(segmentation=encode_mask(masks[c][k]), score=float(scores[c][k]))
+            out.append(row)
     return out
 
 def rows_of(
@@ -88,16 +98,17 @@ def rows_of(
 )->list:        # rows
     "All results as rows."
     if are_rows(results):
-        if kind == 'segm' and results and 'segmentation' not in results[0]: raise ValueError("metric='segm' needs masks, but the rows hold boxes alone.")
+        if kind == 'segm' and results and 'segmentation' not in results[0]:
+            raise ValueError("metric='segm' needs masks, but the rows hold boxes alone.")
         return list(results)
     check_length(data, results)
     return [r for i,one in zip(ids_of(data), results) for r in rows_of_image(i, one, data.cat_ids, kind)]
 
-# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #acc0d091
+# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #7ffbd716
 def arrays_of(
     data,    # a data set
     results, # any form
-)->list:     # for each image a list of `(n, 5)` arrays, one a class; one array where there are no classes
+)->list:     # for each image a list of `(n, 5)` arrays, one a class; proposals: one array
     "All results as arrays."
     if not are_rows(results):
         check_length(data, results)
@@ -106,7 +117,8 @@ def arrays_of(
     found = {i: [[] for _ in label] for i in ids_of(data)}
     for r in results:
         x,y,w,h = r['bbox']
-        if r['category_id'] in label: found[r['image_id']][label[r['category_id']]].append([x, y, x+w, y+h, r['score']])
+        k = label.get(r['category_id'])
+        if k is not None: found[r['image_id']][k].append([x, y, x+w, y+h, r['score']])
     return [[np.array(a, float).reshape(-1, 5) for a in found[i]] for i in ids_of(data)]
 
 # %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #49a0ac47
@@ -139,7 +151,8 @@ def fast_recalls(
         x,y,w,h = a['bbox']
         if not (a.get('ignore') or a.get('iscrowd')): objects[a['image_id']].append([x, y, x+w, y+h])
     gts = [np.array(objects[i], np.float32).reshape(-1, 4) for i in ids_of(data)]
-    found = eval_recalls(gts, [np.concatenate(a) for a in arrays_of(data, results)], proposal_nums, thrs)
+    boxes = [np.concatenate(a) for a in arrays_of(data, results)]
+    found = eval_recalls(gts, boxes, proposal_nums, thrs)
     return {f'AR@{n}': float(v) for n,v in zip(proposal_nums, found.mean(1))}
 
 def chosen(
@@ -148,8 +161,20 @@ def chosen(
 )->dict:         # in the order of `items`
     "Some of the numbers."
     for k in items:
-        if k not in found: raise ValueError(f'metric_items: {k!r} is not among the numbers{nearest(k, found)}')
+        if k not in found:
+            raise ValueError(f'metric_items: {k!r} is not among the numbers{nearest(k, found)}')
     return {k: found[k] for k in items}
+
+def known_metrics(
+    metric,     # one name, or several, or None
+    known,      # names that there are
+    usual:str,  # where it is None
+)->list:        # of names; `ValueError` for another one
+    "Which metrics are asked for."
+    asked = [metric] if isinstance(metric, str) else list(metric or [usual])
+    for m in asked:
+        if m not in known: raise ValueError(f'metric {m!r} is not known here{nearest(m, known)}')
+    return asked
 
 # %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #c14f4271
 @EVALUATORS.register_module()
@@ -165,15 +190,18 @@ class CocoMetric:
         iou_thrs=None,        # overlaps; None: COCO's ten
         metric_items=None,    # names of numbers, without `bbox_`; None: the usual ones
     ):
-        asked = [metric] if isinstance(metric, str) else list(metric or [self.usual])
-        for m in asked:
-            if m not in self.known: raise ValueError(f'metric {m!r} is not known here{nearest(m, self.known)}')
-        self.metric,self.logger,self.jsonfile_prefix,self.classwise = asked,logger,jsonfile_prefix,classwise
-        self.proposal_nums,self.iou_thrs,self.metric_items = tuple(proposal_nums),iou_thrs,[metric_items] if isinstance(metric_items, str) else metric_items
+        self.metric = known_metrics(metric, self.known, self.usual)
+        self.logger,self.jsonfile_prefix,self.classwise = logger,jsonfile_prefix,classwise
+        self.proposal_nums,self.iou_thrs = tuple(proposal_nums),iou_thrs
+        self.metric_items = [metric_items] if isinstance(metric_items, str) else metric_items
 
     def __call__(self, data, results):
         if self.jsonfile_prefix: results2json(data, results, self.jsonfile_prefix)
-        return {k: v for m in self.metric for k,v in (precision_numbers if m in ('bbox', 'segm') else recall_numbers)(self, data, results, m).items()}
+        out = {}
+        for m in self.metric:
+            rule = precision_numbers if m in ('bbox', 'segm') else recall_numbers
+            out |= rule(self, data, results, m)
+        return out
 
     def numbers(self,
         data,            # a data set
@@ -182,7 +210,8 @@ class CocoMetric:
         by_class=True,   # see `evaluate`
     )->dict:             # all there are
         "Everything that this rule can say."
-        return evaluate(data.coco, rows, iou_type=iou_type, max_dets=self.proposal_nums, iou_thrs=self.iou_thrs, by_class=by_class)
+        return evaluate(data.coco, rows, iou_type=iou_type, max_dets=self.proposal_nums,
+                        iou_thrs=self.iou_thrs, by_class=by_class)
 
     def items(self,
         found:dict,  # of `numbers`, without `bbox_`
@@ -211,8 +240,9 @@ def precision_numbers(
     own = {k.removeprefix(f'{metric}_'): v for k,v in found.items() if k.startswith(f'{metric}_')}
     out = {f'{metric}_{k}': v for k,v in chosen(own, rule.metric_items or rule.items(own)).items()}
     if not rule.classwise: return out
-    if rule.logger != 'silent': say(table_text(['category', metric], [[k, f"{v['AP']:.3f}"] for k,v in found['per_class'].items()]), rule.logger)
-    return out | {f'{k}_precision': v['AP'] for k,v in found['per_class'].items()}
+    each = {k: v['AP'] for k,v in found['per_class'].items()}
+    say(table_text(['category', metric], [[k, f'{v:.3f}'] for k,v in each.items()]), rule.logger)
+    return out | {f'{k}_precision': v for k,v in each.items()}
 
 def recall_numbers(
     rule,     # `CocoMetric`
@@ -222,9 +252,11 @@ def recall_numbers(
 )->dict:      # `AR@100`, ...
     "Recall of boxes, whatever their class."
     if metric == 'proposal_fast': return fast_recalls(data, results, rule.proposal_nums, rule.iou_thrs)
-    rows = rows_of(data, results, 'bbox' if are_rows(results) or not isinstance(results[0], np.ndarray) else 'proposal')
+    proposals = not are_rows(results) and isinstance(results[0], np.ndarray)
+    rows = rows_of(data, results, 'proposal' if proposals else 'bbox')
     rows = [dict(r, category_id=data.cat_ids[0]) for r in rows]
-    found = {k.removeprefix('bbox_'): v for k,v in CocoMetric.numbers(rule, data, rows, by_class=False).items() if k.startswith('bbox_')}
+    numbers = CocoMetric.numbers(rule, data, rows, by_class=False)
+    found = {k.removeprefix('bbox_'): v for k,v in numbers.items() if k.startswith('bbox_')}
     last = rule.proposal_nums[-1]
     usual = [f'AR@{n}' for n in rule.proposal_nums] + [f'AR_{k}@{last}' for k in 'sml']
     return chosen(found, rule.metric_items or usual)
@@ -262,17 +294,16 @@ class MapMetric:
         scale_ranges=None,    # `[(from, below), ...]` sides of squares, pixels: AP for each
         **coco,               # of `CocoMetric`, for its metrics
     ):
-        asked = [metric] if isinstance(metric, str) else list(metric or [self.usual])
-        for m in asked:
-            if m not in self.known: raise ValueError(f'metric {m!r} is not known here{nearest(m, self.known)}')
-        self.metric,self.logger,self.proposal_nums,self.scale_ranges = asked,logger,tuple(proposal_nums),scale_ranges
-        self.iou_thrs,self.coco = np.atleast_1d(iou_thr).tolist(),dict(coco, logger=logger, proposal_nums=proposal_nums)
+        self.metric = known_metrics(metric, self.known, self.usual)
+        self.logger,self.proposal_nums,self.scale_ranges = logger,tuple(proposal_nums),scale_ranges
+        self.iou_thrs = np.atleast_1d(iou_thr).tolist()
+        self.coco = dict(coco, logger=logger, proposal_nums=proposal_nums)
         call(CocoMetric, self.coco, 'evaluation')            # what neither rule knows is refused at once
 
     def __call__(self, data, results):
         theirs = [m for m in self.metric if m in CocoMetric.known]
-        out = call(CocoMetric, dict(self.coco, metric=theirs), 'evaluation')(data, results) if theirs else {}
-        if 'mAP' in self.metric: out = map_numbers(self, data, results) | out
+        out = map_numbers(self, data, results) if 'mAP' in self.metric else {}
+        if theirs: out |= call(CocoMetric, dict(self.coco, metric=theirs), 'evaluation')(data, results)
         return out | (pascal_recalls(self, data, results) if 'recall' in self.metric else {})
 
     def numbers(self,
@@ -305,6 +336,7 @@ class MapMetric:
         "What is compared with what."
         return arrays_of(data, results),[data.get_ann_info(i) for i in range(len(data))]
 
+# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #7b7edeec
 @EVALUATORS.register_module()
 class VOCMetric(MapMetric):
     "The challenge's own way: the last pixel counts; 2007 has 11 recalls."
@@ -315,22 +347,24 @@ class VOCMetric(MapMetric):
         years = {getattr(d, 'year', None) for d in getattr(data, 'datasets', [data])}
         return dict(use_legacy_coordinate=True, dataset='voc07' if years == {2007} else None)
 
-# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #7b7edeec
+# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #b1235776
 def map_numbers(
     rule,     # `MapMetric`
     data,     # a data set
     results,  # any form
-)->dict:      # `mAP`: the mean, then `AP50`, ... for each overlap, `AP50_0-32` for each range
+)->dict:      # `mAP`: the mean; then for each overlap `AP50`, or `AP50_0-32` for each range
     "Mean AP at each overlap."
     arrays,truth = rule.pairs(data, results)
-    out,means = {},[]
+    out,means,ranges = {},[],rule.scale_ranges
     for t in rule.iou_thrs:
-        mean,per_class = eval_map(arrays, truth, scale_ranges=rule.scale_ranges, iou_thr=t, **rule.rules_for(data))
-        print_map_summary(mean, per_class, data.CLASSES, rule.scale_ranges, rule.logger)
+        how = dict(rule.rules_for(data), scale_ranges=ranges, iou_thr=t)
+        mean,per_class = eval_map(arrays, truth, **how)
+        print_map_summary(mean, per_class, data.CLASSES, ranges, rule.logger)
         name = f'AP{round(t*100):02d}'; means.append(np.mean(mean))
-        out |= {f'{name}_{a}-{b}': m for (a,b),m in zip(rule.scale_ranges, mean)} if rule.scale_ranges else {name: mean}
+        out |= {f'{name}_{a}-{b}': m for (a,b),m in zip(ranges, mean)} if ranges else {name: mean}
     return dict(mAP=float(np.mean(means))) | out
 
+# %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #3b506bf6
 def pascal_recalls(
     rule,     # `MapMetric`
     data,     # a data set
@@ -338,10 +372,13 @@ def pascal_recalls(
 )->dict:      # `recall@100@0.5`, ...; `AR@100`, ... where there are several overlaps
     "Recall of boxes, whatever their class."
     gts = [data.get_ann_info(i)['bboxes'] for i in range(len(data))]
-    found = eval_recalls(gts, [np.concatenate(a) for a in arrays_of(data, results)], rule.proposal_nums, rule.iou_thrs)
-    print_recall_summary(found, rule.proposal_nums, rule.iou_thrs, logger=rule.logger)
-    out = {f'recall@{n}@{t}': float(v) for n,row in zip(rule.proposal_nums, found) for t,v in zip(rule.iou_thrs, row)}
-    return out | ({f'AR@{n}': float(row.mean()) for n,row in zip(rule.proposal_nums, found)} if len(rule.iou_thrs) > 1 else {})
+    boxes = [np.concatenate(a) for a in arrays_of(data, results)]
+    nums,thrs = rule.proposal_nums,rule.iou_thrs
+    found = eval_recalls(gts, boxes, nums, thrs)
+    print_recall_summary(found, nums, thrs, logger=rule.logger)
+    out = {f'recall@{n}@{t}': float(v) for n,row in zip(nums, found) for t,v in zip(thrs, row)}
+    if len(thrs) > 1: out |= {f'AR@{n}': float(row.mean()) for n,row in zip(nums, found)}
+    return out
 
 # %% ../../nbs/13_evaluation/05_dataset_metrics.ipynb #8a9eaa08
 def evaluator_of(
