@@ -10,6 +10,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from ..core.registry import PLUGIN_LAYERS
+from .initialize import initialize
 from .conv_module import ConvModule
 
 # %% ../../nbs/03_layers/07_context.ipynb #8385e879
@@ -35,18 +36,20 @@ class SPP(nn.Module):
 class SPPBottleneck(SPP):
     "1×1, windows, 1×1: the form in which YOLO uses it."
     def __init__(self,
-        in_channels:int,         # of the input
-        out_channels:int,        # of the output
-        kernel_sizes=(5, 9, 13), # see `SPP`
-        # recipes
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
-        init_cfg=None,           # start of the weights
+        in_channels:int,           # of the input
+        out_channels:int,          # of the output
+        kernel_sizes=(5, 9, 13),   # see `SPP`
+        conv_cfg=None,             # recipe of the convolutions
+        norm_cfg=dict(type='BN', momentum=.03, eps=.001), # recipe of the norms
+        act_cfg=dict(type='Swish'), # recipe of the activations
+        init_cfg=None,             # start of the weights, see `initialize`
     ):
         super().__init__(kernel_sizes)
         cfg,mid = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg),in_channels//2
         self.conv1 = ConvModule(in_channels, mid, 1, **cfg)
         self.conv2 = ConvModule(mid*(len(kernel_sizes)+1), out_channels, 1, **cfg)
         self.init_cfg = init_cfg
+        initialize(self, init_cfg)
 
     def forward(self,
         x, # `(B, C_in, H, W)`
@@ -61,17 +64,16 @@ class ASPP(nn.Module):
     def __init__(self,
         in_channels:int,        # of the input
         out_channels:int,       # of each branch
-        # distance of the nine pixels; 1 means a 1×1; the last branch sees the mean
-        dilations=(1, 3, 6, 1),
-        init_cfg=dict(type='Kaiming', layer='Conv2d'), # kept for `initialize`
+        dilations=(1, 3, 6, 1), # distance of the nine pixels; 1: a 1×1; the last one sees the mean
+        init_cfg=dict(type='Kaiming', layer='Conv2d'), # start of the weights, see `initialize`
     ):
         super().__init__()
         if dilations[-1] != 1:
-            raise ValueError(f'ASPP: dilations={dilations} must end in 1: the last branch sees one '
-                             'pixel, the mean')
+            raise ValueError(f'ASPP: dilations={dilations} must end in 1, for the mean')
         size = lambda d: dict(kernel_size=3, padding=d, dilation=d) if d > 1 else dict(kernel_size=1)
         self.aspp = nn.ModuleList(nn.Conv2d(in_channels, out_channels, **size(d)) for d in dilations)
         self.init_cfg = init_cfg
+        initialize(self, init_cfg)
 
     def forward(self,
         x, # `(B, C_in, H, W)`
@@ -94,17 +96,14 @@ class RFB(nn.Module):
         norm_cfg=dict(type='BN'), # recipe of the norms
     ):
         super().__init__()
-        out,c = out_channels or in_channels,in_channels//ratio
-        brick = lambda a,b,k,s=1,d=1,act=dict(type='ReLU'): ConvModule(a, b, k, s, d*(k//2), d,
-                                                                       norm_cfg=norm_cfg, act_cfg=act)
-        far = lambda d: brick(2*c, 2*c, 3, d=d, act=None)
-        self.scale,self.branches = scale,nn.ModuleList([
-            nn.Sequential(brick(in_channels, 2*c, 1, stride), far(1)),
-            nn.Sequential(brick(in_channels, c, 1), brick(c, 2*c, 3, stride), far(3)),
-            # two 3×3 for a 5×5
-            nn.Sequential(brick(in_channels, c, 1), brick(c, 2*c, 3), brick(2*c, 2*c, 3, stride),
-                          far(5))])
-        self.mix,self.around = brick(6*c, out, 1, act=None),brick(in_channels, out, 1, stride, act=None)
+        def brick(a, b, k, s=1, d=1, act=dict(type='ReLU')):
+            return ConvModule(a, b, k, s, d*(k//2), d, norm_cfg=norm_cfg, act_cfg=act)
+        i,o,c = in_channels,out_channels or in_channels,in_channels//ratio
+        kernels = ([brick(i, 2*c, 1, stride)], [brick(i, c, 1), brick(c, 2*c, 3, stride)],
+                   [brick(i, c, 1), brick(c, 2*c, 3), brick(2*c, 2*c, 3, stride)])   # two 3×3 for a 5×5
+        self.scale,self.branches = scale,nn.ModuleList(
+            nn.Sequential(*k, brick(2*c, 2*c, 3, d=d, act=None)) for k,d in zip(kernels, (1, 3, 5)))
+        self.mix,self.around = brick(6*c, o, 1, act=None),brick(i, o, 1, stride, act=None)
 
     def forward(self,
         x, # `(B, C_in, H, W)`

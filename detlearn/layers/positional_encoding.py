@@ -54,8 +54,8 @@ class SinePositionalEncoding(nn.Module):
     ):
         super().__init__()
         if num_feats % 2:
-            raise ValueError(f'SinePositionalEncoding: num_feats={num_feats} must be even: each hand is '
-                             'a sine and a cosine')
+            raise ValueError(f'SinePositionalEncoding: num_feats={num_feats} must be even: a sine and a '
+                             'cosine for each hand')
         if normalize and not isinstance(scale, (int, float)):
             raise TypeError(f'SinePositionalEncoding: scale={scale!r} must be a number')
         self.num_feats,self.temperature = num_feats,temperature
@@ -90,7 +90,7 @@ class LearnedPositionalEncoding(nn.Module):
         "The vectors of column and row of each cell."
         (B,h,w),rows,cols = mask.shape,self.row_embed.weight,self.col_embed.weight
         if h > len(rows) or w > len(cols):
-            raise ValueError(f'a map of {h} rows and {w} columns: there are vectors for {len(rows)} and '
-                             f'{len(cols)}; raise row_num_embed, col_num_embed')
+            raise ValueError(f'a map of {h} rows and {w} columns: there are vectors for {len(rows)} '
+                             f'and {len(cols)}; raise row_num_embed, col_num_embed')
         pos = torch.cat([cols[:w].expand(h, -1, -1), rows[:h, None].expand(-1, w, -1)], -1)
         return pos.permute(2, 0, 1).expand(B, -1, -1, -1)

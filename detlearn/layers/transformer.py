@@ -78,28 +78,24 @@ def masks_for(
 class BaseTransformerLayer(nn.Module):
     "Attentions, networks and norms in any order."
     def __init__(self,
-        attn_cfgs=None,         # recipe, or one for each attention
-        # recipe, or one for each
+        attn_cfgs=None,           # recipe, or one for each attention
         ffn_cfgs=dict(type='FFN', embed_dims=256, feedforward_channels=1024, num_fcs=2, ffn_drop=0.,
-                      act_cfg=dict(type='ReLU', inplace=True)),
-        operation_order=None,   # tuple of `STEPS`
+                      act_cfg=dict(type='ReLU', inplace=True)), # recipe, or one for each network
+        operation_order=None,     # tuple of `STEPS`
         norm_cfg=dict(type='LN'), # recipe of the norms
-        init_cfg=None,          # accepted: the parts start as they do
-        batch_first:bool=False, # `(B, N, C)` in place of `(N, B, C)`
-        # `feedforward_channels`, `ffn_dropout`, `ffn_num_fcs`: put into `ffn_cfgs`
-        **kwargs,
+        init_cfg=None,            # accepted: the parts start as they do
+        batch_first:bool=False,   # `(B, N, C)` in place of `(N, B, C)`
+        **kwargs,                 # `feedforward_channels`, `ffn_dropout`, `ffn_num_fcs`: for `ffn_cfgs`
     ):
         super().__init__()
         mine = {OLD_FFN[k]: v for k,v in kwargs.items() if k in OLD_FFN}
         with_old_names(kwargs, {}, type(self).__name__, OLD_FFN)
         ffn_cfgs = {**ffn_cfgs, **mine} if isinstance(ffn_cfgs, dict) else ffn_cfgs
-        self.attentions,self.ffns,self.norms = build_steps(operation_order, attn_cfgs, ffn_cfgs,
-                                                           norm_cfg, batch_first)
-        self.operation_order = tuple(operation_order)
+        parts = build_steps(operation_order, attn_cfgs, ffn_cfgs, norm_cfg, batch_first)
+        self.attentions,self.ffns,self.norms = parts
+        self.operation_order,self.batch_first = tuple(operation_order),batch_first
         self.pre_norm = operation_order[0] == 'norm'
-        self.batch_first = batch_first
-        self.embed_dims = (self.attentions[0].embed_dims if len(self.attentions)
-                           else self.ffns[0].embed_dims)
+        self.embed_dims = next(p.embed_dims for p in [*self.attentions, *self.ffns])
 
     def forward(self,
         query,          # `(Q, B, C)`
@@ -119,8 +115,7 @@ class BaseTransformerLayer(nn.Module):
         for step in self.operation_order:
             before = identity if self.pre_norm else None
             if step == 'norm': query = next(norms)(query); continue
-            # `identity` stays, as in the zoo
-            if step == 'ffn': query = next(ffns)(query, before); continue
+            if step == 'ffn': query = next(ffns)(query, before); continue   # `identity` stays
             attn,mask = next(attns)
             k,v,pos,nobody = ((query, query, query_pos, query_key_padding_mask) if step == 'self_attn'
                               else (key, value, key_pos, key_padding_mask))
@@ -130,9 +125,7 @@ class BaseTransformerLayer(nn.Module):
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #c2caee1b
 def build_transformer_layers(
-    # recipe of a layer (its `type` is `'BaseTransformerLayer'`
-    # where it says nothing), or one recipe each
-    cfg,
+    cfg,           # recipe of a layer, or one recipe each; no `type`: `'BaseTransformerLayer'`
     n:int,         # how many
 )->nn.ModuleList:  # `n` layers
     "The layers of a stack, from their recipes."
@@ -193,8 +186,7 @@ class DetrTransformerDecoderLayer(BaseTransformerLayer):
         feedforward_channels:int,     # inside the network
         ffn_dropout:float=0.,         # dropout of the network
         operation_order=None,         # six steps of all four kinds
-        # not used, as in the zoo: the activation stands in `ffn_cfgs`
-        act_cfg=dict(type='ReLU', inplace=True),
+        act_cfg=dict(type='ReLU', inplace=True), # not used, as in the zoo: see `ffn_cfgs`
         norm_cfg=dict(type='LN'),     # recipe of the norms
         ffn_num_fcs:int=2,            # linear layers of the network
         **kwargs,                     # see `BaseTransformerLayer`
@@ -208,7 +200,7 @@ class DetrTransformerDecoderLayer(BaseTransformerLayer):
                          feedforward_channels=feedforward_channels,
                          ffn_dropout=ffn_dropout, ffn_num_fcs=ffn_num_fcs, **kwargs)
 
-# %% ../../nbs/03_layers/11_transformer.ipynb #5a3e8937
+# %% ../../nbs/03_layers/11_transformer.ipynb #4421cc49
 @TRANSFORMER_LAYER_SEQUENCE.register_module()
 class DetrTransformerDecoder(TransformerLayerSequence):
     "A stack that gives what each layer has found."
@@ -227,8 +219,7 @@ class DetrTransformerDecoder(TransformerLayerSequence):
         query,    # `(Q, B, C)`
         *args,    # `key`, `value`
         **kwargs, # see `BaseTransformerLayer`
-        # `(layers, Q, B, C)`, one layer without `return_intermediate`; without a norm too, `(Q, B, C)`
-    )->Tensor:
+    )->Tensor:    # `(layers, Q, B, C)`; of the last alone `(1, Q, B, C)`, without a norm `(Q, B, C)`
         "The queries after the layers, normalised; the next layer gets them as they are."
         found = []
         for layer in self.layers:
@@ -270,6 +261,8 @@ class Transformer(nn.Module):
         init_cfg=None, # accepted: matrices start as Xavier has it
     ):
         super().__init__()
+        if encoder is None or decoder is None:
+            raise ValueError(f'{type(self).__name__} needs an encoder and a decoder')
         self.encoder,self.decoder = map(TRANSFORMER_LAYER_SEQUENCE.build, (encoder, decoder))
         self.embed_dims = self.encoder.embed_dims
         start_matrices(self)
@@ -281,9 +274,9 @@ class Transformer(nn.Module):
         pos_embed,   # `(B, C, H, W)`
     )->tuple:        # queries `(layers, B, Q, C)`, map `(B, C, H, W)`
         "Encode the map, let the queries ask it."
-        pos,mask,queries = (as_tokens(pos_embed),mask.flatten(1),
-                            query_embed[:, None].expand(-1, len(x), -1))
-        memory = self.encoder(as_tokens(x), None, None, query_pos=pos, query_key_padding_mask=mask)
+        pos,nobody = as_tokens(pos_embed),mask.flatten(1)
+        memory = self.encoder(as_tokens(x), None, None, query_pos=pos, query_key_padding_mask=nobody)
+        queries = query_embed[:, None].expand(-1, len(x), -1)
         found = self.decoder(torch.zeros_like(queries), memory, memory, query_pos=queries, key_pos=pos,
-                             key_padding_mask=mask)
+                             key_padding_mask=nobody)
         return found.transpose(1, 2),as_map(memory, x.shape[-2:])
