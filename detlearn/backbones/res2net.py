@@ -50,16 +50,15 @@ class ChainBottleneck(Bottleneck):
         **kwargs,             # of `Bottleneck`: `with_cp`, `plugins`
     ):
         if scales < 2:
-            raise ValueError(f'Res2Net: scales={scales}; a chain needs at least 2 parts, one part is a '
-                             'ResNet')
+            raise ValueError(f'Res2Net: scales={scales}; a chain needs at least 2 parts')
         width = math.floor(planes*(base_width/base_channels))
         super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg,
                          norm_cfg=norm_cfg, width=width*scales, **kwargs)
         del self.conv2; delattr(self, self.steps[1][1])
         cfg,middle = middle_cfg(dcn, conv_cfg),stride if style == 'pytorch' else 1
-        self.convs = nn.ModuleList(build_conv_layer(cfg, width, width, 3, stride=middle,
-                                                    padding=dilation, dilation=dilation, bias=False)
-                                                    for _ in range(scales-1))
+        settings = dict(stride=middle, padding=dilation, dilation=dilation, bias=False)
+        self.convs = nn.ModuleList(build_conv_layer(cfg, width, width, 3, **settings)
+                                   for _ in range(scales-1))
         self.bns = nn.ModuleList(build_norm_layer(norm_cfg, width)[1] for _ in range(scales-1))
         self.alone = stage_type == 'stage'
         self.pool = nn.AvgPool2d(3, middle, 1) if self.alone and middle != 1 else None

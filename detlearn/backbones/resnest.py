@@ -32,12 +32,14 @@ class SplitAttentionConv2d(nn.Module):
         in_channels:int,     # of the input
         channels:int,        # of the output
         kernel_size,         # of the convolution
-        stride=1, padding=0, dilation=1, # of the convolution
+        stride=1,            # of the convolution
+        padding=0,           # of the convolution
+        dilation=1,          # of the convolution
         groups:int=1,        # of the convolution
         radix:int=2,         # looks
-        # the layer between has `in_channels·radix/reduction_factor` channels, at least 32
-        reduction_factor:int=4,
-        conv_cfg=None, norm_cfg=dict(type='BN'), # recipes
+        reduction_factor:int=4, # the vote is prepared in so many times fewer channels, but at least 32
+        conv_cfg=None,       # recipe of the convolution
+        norm_cfg=dict(type='BN'), # recipe of the norms
         dcn=None,            # recipe of a deformable convolution instead
     ):
         super().__init__()
@@ -45,8 +47,8 @@ class SplitAttentionConv2d(nn.Module):
         self.conv = build_conv_layer(middle_cfg(dcn, conv_cfg), in_channels, channels*radix, kernel_size,
                                      stride=stride, padding=padding, dilation=dilation,
                                      groups=groups*radix, bias=False)
-        (self.norm0_name,norm0),(self.norm1_name,norm1) = (build_norm_layer(norm_cfg, channels*radix, 0),
-                                                           build_norm_layer(norm_cfg, inside, 1))
+        self.norm0_name,norm0 = build_norm_layer(norm_cfg, channels*radix, 0)
+        self.norm1_name,norm1 = build_norm_layer(norm_cfg, inside, 1)
         self.add_module(self.norm0_name, norm0); self.add_module(self.norm1_name, norm1)
         self.fc1 = nn.Conv2d(channels, inside, 1, groups=groups)
         self.fc2 = nn.Conv2d(inside, channels*radix, 1, groups=groups)
@@ -74,7 +76,9 @@ class SplitBottleneck(Bottleneck):
         conv_cfg=None,        # recipe of the convolutions
         norm_cfg=dict(type='BN'), # recipe of the norms
         dcn=None,             # recipe of the middle
-        groups:int=1, base_width:int=4, base_channels:int=64, # see `group_width`
+        groups:int=1,         # see `group_width`
+        base_width:int=4,     # see `group_width`
+        base_channels:int=64, # see `group_width`
         radix:int=2,          # looks
         reduction_factor:int=4, # see `SplitAttentionConv2d`
         avg_down_stride:bool=True, # halve by an average, not by the convolution

@@ -177,6 +177,7 @@ def step_text(
     "Name and shape."
     return f'{"in" if kind == "input" else name}\n{"×".join(map(str, shape))}'
 
+# %% ../../nbs/03_layers/08c_trace.ipynb #5ce03635
 def draw_trace(
     ax,              # matplotlib axes
     t:Trace,         # of a module
@@ -186,15 +187,16 @@ def draw_trace(
     column,row,boxes = place_nodes(t, names)
     far = [(a, b) for a,b in t.edges if row[a] == row[b] and column[b] - column[a] > 1]
     draw_flow(ax, boxes, [e for e in t.edges if e not in far], lit=[o for o in t.outputs if o in boxes])
+    low,high = ax.get_ylim()
     for a,b in far:                                     # around the boxes between, below or above them
         (x1,y1,_),(x2,y2,text) = boxes[a],boxes[b]
         side = 1 if y1 > y2 else -1
-        edge = .14*side*(1 + text.count('\n'))
-        bend = f'arc3,rad={min(.3, .9/(x2 - x1)) if side < 0 else -.12}'
+        edge,deep = .14*side*(1 + text.count('\n')),min(.15*(x2 - x1), .3 + .03*(x2 - x1))
+        bend = f'arc3,rad={2*deep/(x2 - x1) if side < 0 else -.12}'
         arrow = dict(arrowstyle='-|>', color=GREY, connectionstyle=bend)
         ax.annotate('', (x2, y2+edge), (x1, y1+edge), zorder=1, arrowprops=arrow)
-    low,high = ax.get_ylim()
-    if far: ax.set_ylim(low - .35, high)
+        low = min(low, y1 + edge - deep - .1)
+    ax.set_ylim(low, high)
 
 # %% ../../nbs/03_layers/08c_trace.ipynb #ce564135
 def kernel_of(
@@ -207,6 +209,7 @@ def kernel_of(
     if 1 < conv.groups == conv.in_channels: mixed = ' per channel'
     return ['×'.join(map(str, conv.kernel_size)) + mixed]
 
+# %% ../../nbs/03_layers/08c_trace.ipynb #75d46ca9
 def kernel_text(
     module:nn.Module, # that was traced
 )->Callable:          # `f(name, kind, shape)`, for `draw_trace`
