@@ -6,8 +6,8 @@
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'check_layout', 'check_ids', 'check_name',
            'check_images', 'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows',
            'leave_out', 'keep_images', 'say_skipped', 'extra_of', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
-           'run_steps', 'check_client', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco', 'start_of',
-           'first_usable']
+           'steps_of', 'run_steps', 'check_client', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco',
+           'start_of', 'first_usable']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
 import difflib, json, os, posixpath, warnings
@@ -377,6 +377,13 @@ def decode_masks(
     return out
 
 # %% ../../nbs/02_data/01_coco.ipynb #4cff1b9f
+def steps_of(
+    pipeline, # a step or a list of them: callables, or dicts with `type`
+)->list:      # of callables
+    "Build a pipeline."
+    steps = [pipeline] if callable(pipeline) or isinstance(pipeline, dict) else pipeline
+    return [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
+
 def run_steps(
     steps,   # callables, `results -> results` or None
     results, # dict
@@ -436,8 +443,7 @@ class CocoDataset(Dataset):
         self.ann_file,self.img_prefix,self.seg_prefix = join(ann_file),join(img_prefix),join(seg_prefix)
         self.data_root,self.seg_suffix,self.proposal_file = data_root,seg_suffix,join(proposal_file)
         self.test_mode,self.filter_empty_gt = test_mode,filter_empty_gt
-        steps = [pipeline] if callable(pipeline) or isinstance(pipeline, dict) else pipeline
-        self.pipeline = [PIPELINES.build(s) if isinstance(s, dict) else s for s in steps]
+        self.pipeline = steps_of(pipeline)
         self.CLASSES = wanted_names(names_for(type(self), classes))
         coco = self.to_lists(self.load_annotations(self.ann_file))
         vars(self).update(use_coco(coco, self.ann_file, self.CLASSES, test_mode, filter_empty_gt))

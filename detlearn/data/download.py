@@ -332,11 +332,7 @@ def download(
     sha256=None,   # hex digits; None: those of the first download, where there was one
     md5=None,      # used where there is no sha256
     size=None,     # bytes, where they are known
-    max_bytes:int=100*2**30, # more are refused
-    tries:int=5,   # in a row without a new byte
-    wait:float=1,  # seconds before the second try, doubled each time
-    timeout:float=30, # seconds without a byte, after which the line counts as dropped
-    say=print,     # where the story goes
+    **how,         # of `fetch`: max_bytes, tries, wait, timeout, say
 )->Path:           # of the file; `path.sha256` is beside it
     "Fetch a file: resumed, checked, and under its name only when it is whole and right."
     path,expected = Path(path),expected_hash(path, sha256, md5)
@@ -345,8 +341,7 @@ def download(
         path.parent.mkdir(parents=True, exist_ok=True); part = Partial(path)
         with only_one(path):
             with progress(path, part, size) as bar:
-                fetch(url, part, size, max_bytes, tries, wait, timeout, say,
-                      lambda have: bar.update(have - bar.n))
+                fetch(url, part, size, tick=lambda have: bar.update(have - bar.n), **how)
             keep_if_right(part, path, expected, size)
     digits = check_file(path, expected, size)
     if not recorded_hash(path): Path(f'{path}.sha256').write_text(f'{digits}  {path.name}\n')
