@@ -22,9 +22,10 @@ for module in INDEX['syms']:
 pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo accepts and we warn about
 SIDE, C = 64, 3
 SETTINGS = {   # by type name: a list of settings, in place of those of the golden cases
+    'AscendMaxIoUAssigner': [dict(pos_iou_thr=.5, neg_iou_thr=.4), dict(pos_iou_thr=.7, neg_iou_thr=.3, min_pos_iou=.3)],
     'FCOSAssigner': [dict(regress_ranges=((-1, 20), (20, 1e8))), dict(regress_ranges=((-1, 24), (12, 64)), center_sampling=True)]}
 ON_HOST = {'HungarianAssigner': 1, 'MaskHungarianAssigner': 1}   # waits of one batch, with the reason on their pages; all others: none
-BY_ORDER = {'MaxIoUAssigner', 'ApproxMaxIoUAssigner', 'GridAssigner', 'RegionAssigner', 'UniformAssigner'}   # of two claims, that of the later object wins
+BY_ORDER = {'MaxIoUAssigner', 'AscendMaxIoUAssigner', 'ApproxMaxIoUAssigner', 'GridAssigner', 'RegionAssigner', 'UniformAssigner'}   # of two claims, that of the later object wins
 
 
 def settings_of(name, most=3):

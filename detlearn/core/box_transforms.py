@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['bbox_flip', 'scaled', 'bbox_mapping', 'bbox_mapping_back', 'bbox_rescale', 'calc_region', 'bbox2distance',
-           'distance2bbox', 'find_inside_bboxes', 'bbox2roi', 'roi2bbox', 'bbox2result', 'unmap', 'bbox_cxcywh_to_xyxy',
-           'bbox_xyxy_to_cxcywh']
+           'distance2bbox', 'find_inside_bboxes', 'bbox2roi', 'roi2bbox', 'bbox2result', 'multi_apply',
+           'select_single_mlvl', 'unmap', 'bbox_cxcywh_to_xyxy', 'bbox_xyxy_to_cxcywh']
 
 # %% ../../nbs/01_core/03b_box_transforms.ipynb #03a1195e
 import torch
@@ -140,6 +140,24 @@ def bbox2result(
     "Detections of one image as an array a class."
     boxes,labels = bboxes.detach().cpu().numpy(),labels.detach().cpu().numpy()
     return [boxes[labels == c] for c in range(num_classes)]
+
+# %% ../../nbs/01_core/03b_box_transforms.ipynb #b66dd0c7
+def multi_apply(
+    func,     # `f(a, b, ..., **kwargs)` gives a tuple
+    *args,    # lists of equal length, one entry a call
+    **kwargs, # the same for each call
+)->tuple:     # one list for each value that `func` gives
+    "Call a function for each image, and sort its answers by kind."
+    answers = [func(*each, **kwargs) for each in zip(*args)]
+    return tuple(list(kind) for kind in zip(*answers))
+
+def select_single_mlvl(
+    mlvl_tensors,  # one `(B, ...)` a level
+    batch_id:int,  # the image
+    detach=True,   # False: gradients flow back into the maps
+)->list:           # one `(...)` a level
+    "The maps of one image."
+    return [level[batch_id].detach() if detach else level[batch_id] for level in mlvl_tensors]
 
 # %% ../../nbs/01_core/03b_box_transforms.ipynb #b241cbf4
 def unmap(

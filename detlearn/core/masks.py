@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['polygon_area', 'rescaled_size', 'crop_and_resize', 'resize_bitmaps', 'shifted', 'box_of', 'shear_matrix',
-           'rotation_matrix', 'warp_bitmaps', 'flip_axes', 'crop_window', 'InstanceMasks', 'stacked', 'BitmapMasks',
-           'corners', 'paint', 'through', 'extent_of', 'view_of', 'mirrored', 'pushed', 'by_matrix', 'PolygonMasks',
-           'mask_target_single']
+           'rotation_matrix', 'warp_bitmaps', 'flip_axes', 'flip_tensor', 'crop_window', 'InstanceMasks', 'stacked',
+           'BitmapMasks', 'corners', 'paint', 'through', 'extent_of', 'view_of', 'mirrored', 'pushed', 'by_matrix',
+           'PolygonMasks', 'mask_target_single', 'mask_target', 'mask2bbox', 'center_of_mass', 'encode_mask_results']
 
 # %% ../../nbs/01_core/03d_masks.ipynb #595bad12
 from collections.abc import Callable
@@ -131,13 +131,21 @@ def warp_bitmaps(
 # %% ../../nbs/01_core/03d_masks.ipynb #c7cf77fc
 def flip_axes(
     direction, # `'horizontal'`, `'vertical'` or `'diagonal'`
-)->tuple:      # axes of `(G, H, W)`
+)->tuple:      # axes of `(..., H, W)`
     "What a mirror turns around."
-    axes = dict(horizontal=(2,), vertical=(1,), diagonal=(1, 2))
+    axes = dict(horizontal=(-1,), vertical=(-2,), diagonal=(-2, -1))
     if direction not in axes:
         raise ValueError(f'there is no flip direction {direction!r}: choose one of {", ".join(axes)}.')
     return axes[direction]
 
+def flip_tensor(
+    src_tensor:Tensor, # `(..., H, W)`: feature maps, masks, pictures
+    flip_direction,    # see `flip_axes`
+)->Tensor:             # like it
+    "A mirror image."
+    return src_tensor.flip(flip_axes(flip_direction))
+
+# %% ../../nbs/01_core/03d_masks.ipynb #11f4ed6a
 def crop_window(
     bbox,       # `(4,)` xyxy
     height:int, # pixels
@@ -359,7 +367,7 @@ def mirrored(
 )->Callable:    # `f(x, y)` gives new `x, y`
     "Where corners are in the mirror."
     axes = flip_axes(direction)
-    return lambda x,y: (width-x if 2 in axes else x, height-y if 1 in axes else y)
+    return lambda x,y: (width-x if -1 in axes else x, height-y if -2 in axes else y)
 
 def pushed(
     offset,    # pixels
@@ -507,3 +515,45 @@ def mask_target_single(
         return parts.to_tensor(torch.float32, pos_proposals.device)
     masks = gt_masks.to_tensor(torch.float32, pos_proposals.device)
     return crop_and_resize(masks, boxes, pos_assigned_gt_inds, size, not soft).float()
+
+# %% ../../nbs/01_core/03d_masks.ipynb #36c9f407
+def mask_target(
+    pos_proposals_list,        # one `(K_i, 4)` an image
+    pos_assigned_gt_inds_list, # one `(K_i,)` an image
+    gt_masks_list,             # `BitmapMasks` or `PolygonMasks` an image
+    cfg,                       # dict with `mask_size`, and perhaps `soft_mask_target`
+)->Tensor:                     # `(sum of K_i, h, w)` float32; an empty list for no images
+    "What a mask head must draw for the positive boxes of all images."
+    settings = cfg['mask_size'],cfg.get('soft_mask_target', False)
+    images = zip(pos_proposals_list, pos_assigned_gt_inds_list, gt_masks_list)
+    targets = [mask_target_single(*image, *settings) for image in images]
+    return torch.cat(targets) if targets else targets
+
+# %% ../../nbs/01_core/03d_masks.ipynb #439a9b1d
+def mask2bbox(
+    masks:Tensor, # `(..., H, W)` bool, or 0 and 1
+)->Tensor:        # `(..., 4)` float32 xyxy; zeros for an empty mask
+    "The smallest box around each mask."
+    masks = masks != 0
+    columns,rows = masks.any(-2).int(),masks.any(-1).int()
+    first = [seen.argmax(-1) for seen in (columns, rows)]
+    end = [seen.shape[-1] - seen.flip(-1).argmax(-1) for seen in (columns, rows)]
+    return torch.stack(first+end, -1).float() * columns.any(-1)[..., None]
+
+def center_of_mass(
+    mask:Tensor, # `(..., H, W)`, weights of the pixels, at least 0
+    esp=1e-6,    # floor of the sum
+)->tuple:        # `(...)` y, `(...)` x; 0 for an empty mask
+    "The mean place of a mask's pixels."
+    y,x = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
+    total = mask.sum((-2, -1)).float().clamp(min=esp)
+    return (mask.sum(-1)*y).sum(-1)/total,(mask.sum(-2)*x).sum(-1)/total
+
+# %% ../../nbs/01_core/03d_masks.ipynb #4d8a18ff
+def encode_mask_results(
+    mask_results, # for each class a list of `(H, W)` bool arrays; or a tuple of that and scores
+)->list:          # the same with COCO's `{'size', 'counts'}` for each mask
+    "Masks as COCO's run lengths."
+    if isinstance(mask_results, tuple): return encode_mask_results(mask_results[0]),mask_results[1]
+    encode = lambda m: coco_mask.encode(np.asfortranarray(m, np.uint8))
+    return [[encode(m) for m in masks] for masks in mask_results]

@@ -166,9 +166,9 @@ def add_part(
         old = registry.get(n)
         if old is not None and not force:
             if not same_part(old, part):
-                raise NotFound(f'{n!r} is already a {registry.name}: {place_of(old)}. {place_of(part)} '
-                               f'wants the same '
-                               'name; rename one, or pass force=True to replace the first')
+                raise NotFound(f'{n!r} is already a {registry.name}: {place_of(old)}. '
+                               f'{place_of(part)} wants the same name; rename one, '
+                               'or pass force=True to replace the first')
             if old.__module__ == '__main__' != part.__module__: continue
         registry[n] = part
     return part
