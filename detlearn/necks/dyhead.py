@@ -81,8 +81,8 @@ class DyHeadBlock(nn.Module):
         if i > 0: parts.append(weighed(self.spatial_conv_low(maps[i-1], offset, mask)))
         if i < len(maps) - 1:
             high = self.spatial_conv_high(maps[i+1], offset, mask)
-            parts.append(
-                weighed(F.interpolate(high, size=x.shape[2:], mode='bilinear', align_corners=True)))
+            high = F.interpolate(high, size=x.shape[2:], mode='bilinear', align_corners=True)
+            parts.append(weighed(high))
         return self.task_attn_module(sum(parts)/len(parts))
 
     def forward(self,
