@@ -43,7 +43,7 @@ def searched_cells(
     return nn.ModuleDict(
         {name: ConcatCell(channels, channels, with_input1_conv=first, with_input2_conv=second,
                           input_conv_cfg=conv_cfg, input_norm_cfg=norm_cfg, **out)
-                          for name,first,second in CELLS})
+         for name,first,second in CELLS})
 
 def at_sizes_of(
     maps, # `(B, C, ., .)` each
@@ -74,13 +74,12 @@ class NASFCOS_FPN(nn.Module):
             raise ValueError(f'NASFCOS_FPN: {len(used)} maps are used and num_outs={num_outs}; it needs '
                              'three maps (see start_level) and gives at least three')
         act = dict(type='ReLU', inplace=False)
-        self.adapt_convs = nn.ModuleList(ConvModule(c, out_channels, 1, bias=False,
-                                                    norm_cfg=dict(type='BN'), act_cfg=act) for c in used)
+        fit = lambda c: ConvModule(c, out_channels, 1, bias=False, norm_cfg=dict(type='BN'), act_cfg=act)
+        self.adapt_convs = nn.ModuleList(map(fit, used))
         self.fpn = searched_cells(out_channels, conv_cfg, norm_cfg)
-        self.extra_downsamples = nn.ModuleList(ConvModule(out_channels, out_channels, 3, stride=2,
-                                                          padding=1, act_cfg=act if i else None,
-                                                          order=('act', 'norm', 'conv'))
-                                               for i in range(num_outs-3))
+        half = lambda i: ConvModule(out_channels, out_channels, 3, stride=2, padding=1,
+                                    act_cfg=act if i else None, order=('act', 'norm', 'conv'))
+        self.extra_downsamples = nn.ModuleList(map(half, range(num_outs-3)))
         for part in (self.adapt_convs, self.extra_downsamples, *[c.out_conv for c in self.fpn.values()]):
             initialize(part, dict(type='Caffe2Xavier', layer='Conv2d'))
         initialize(self, init_cfg)
