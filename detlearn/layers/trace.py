@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'MOVES', 'POOLS', 'Trace', 'watch_layers', 'trace', 'grouped', 'cells_of', 'place_nodes', 'heights_of',
-           'step_text', 'draw_trace', 'kernel_of', 'kernel_text']
+           'step_text', 'runs_over', 'draw_trace', 'kernel_of', 'kernel_text']
 
 # %% ../../nbs/03_layers/08c_trace.ipynb #b08a540f
 import math
@@ -178,6 +178,15 @@ def step_text(
     return f'{"in" if kind == "input" else name}\n{"×".join(map(str, shape))}'
 
 # %% ../../nbs/03_layers/08c_trace.ipynb #5ce03635
+def runs_over(
+    boxes:dict, # from `place_nodes`
+    a, b,       # names of two of them, `b` to the right
+)->bool:        # True: bend the arrow
+    "Whether a straight arrow from one box to another would run over a third."
+    (x1,y1,_),(x2,y2,_) = boxes[a],boxes[b]
+    line = lambda x: y1 + (y2 - y1)*(x - x1)/(x2 - x1)
+    return any(x1 < x < x2 and abs(line(x) - y) < .25 for x,y,_ in boxes.values())
+
 def draw_trace(
     ax,              # matplotlib axes
     t:Trace,         # of a module
@@ -185,7 +194,8 @@ def draw_trace(
 ):
     "Columns are steps in time, rows are levels: the coarsest map on top; outputs are coloured."
     column,row,boxes = place_nodes(t, names)
-    far = [(a, b) for a,b in t.edges if row[a] == row[b] and column[b] - column[a] > 1]
+    far = [(a, b) for a,b in t.edges
+           if row[a] == row[b] and column[b] - column[a] > 1 or runs_over(boxes, a, b)]
     draw_flow(ax, boxes, [e for e in t.edges if e not in far], lit=[o for o in t.outputs if o in boxes])
     low,high = ax.get_ylim()
     for a,b in far:                                     # around the boxes between, below or above them
