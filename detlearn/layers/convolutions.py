@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR_LAYERS', 'same_padding', 'Conv2dAdaptivePadding', 'standardise', 'ConvWS', 'ConvAWS',
-           'DepthwiseSeparableConvModule', 'unit', 'build_linear_layer', 'NormedLinear', 'NormedConv2d']
+           'DepthwiseSeparableConvModule', 'unit', 'build_linear_layer', 'NormedLinear', 'NormedConv2d', 'MaskedConv2d']
 
 # %% ../../nbs/03_layers/02_convolutions.ipynb #b4df55a5
 import torch
@@ -216,3 +216,15 @@ class NormedConv2d(nn.Conv2d):
         "The cosine over channels (or over the whole filter), times the temperature."
         w = unit(self.weight, self.power, self.eps, (1, 2, 3) if self.norm_over_kernel else 1)
         return self._conv_forward(unit(x, self.power, self.eps, 1)*self.tempearture, w, self.bias)
+
+# %% ../../nbs/03_layers/02_convolutions.ipynb #e1815f27
+class MaskedConv2d(nn.Conv2d):
+    "A convolution whose result is zero where a mask says so."
+    def forward(self,
+        x,         # `(B, C_in, H, W)`
+        mask=None, # `(B, H', W')` or `(B, 1, H', W')`, above 0 where the result counts; None: everywhere
+    )->Tensor:     # `(B, C_out, H', W')`
+        "Convolve, then forget."
+        out = super().forward(x)
+        if mask is None: return out
+        return torch.where(mask.view(len(x), 1, *out.shape[2:]) > 0, out, 0.)

@@ -47,8 +47,9 @@ class DynamicConv(nn.Module):
         init_cfg=None,           # accepted: the layers start as they do
     ):
         super().__init__()
-        norm,out = lambda c: build_norm_layer(norm_cfg, c)[1],out_channels or in_channels
-        self.channels = (in_channels, feat_channels, out)
+        out = out_channels or in_channels
+        norm = lambda c: build_norm_layer(norm_cfg, c)[1]
+        self.channels = in_channels,feat_channels,out
         self.with_proj,self.input_feat_shape = with_proj,input_feat_shape
         self.dynamic_layer = nn.Linear(in_channels, feat_channels*(in_channels + out))
         self.norm_in,self.norm_out = norm(feat_channels),norm(out)

@@ -122,8 +122,8 @@ class TransformerEncoderPixelDecoder(PixelDecoder):
         norm_cfg=dict(type='GN', num_groups=32), # recipe of the norms
         act_cfg=dict(type='ReLU'), # recipe of the activation
         encoder=None,         # a stack, or its recipe; its tokens have `feat_channels`
-        # a part, or its recipe
-        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True),
+        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128,
+                                 normalize=True), # a part, or its recipe
         init_cfg=None,        # accepted: Caffe2 for convolutions, Xavier for the encoder's matrices
     ):
         super().__init__(in_channels, feat_channels, out_channels, norm_cfg, act_cfg)
@@ -210,10 +210,9 @@ class MSDeformAttnPixelDecoder(nn.Module):
         num_outs:int=3,         # maps for the queries
         norm_cfg=dict(type='GN', num_groups=32), # recipe of the norms
         act_cfg=dict(type='ReLU'), # recipe of the activation
-        # a stack of deformable attention, or its recipe; it tells how many levels are encoded
-        encoder=DEFORMABLE,
-        # a part, or its recipe
-        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True),
+        encoder=DEFORMABLE,     # a stack of deformable attention, or its recipe; tells how many levels
+        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128,
+                                 normalize=True), # a part, or its recipe
         init_cfg=None,          # accepted: see `start_encoder`
     ):
         super().__init__()

@@ -6,7 +6,7 @@
 __all__ = ['TRANSFORMER_LAYER', 'TRANSFORMER_LAYER_SEQUENCE', 'TRANSFORMER', 'STEPS', 'OLD_FFN', 'one_for_each', 'build_steps',
            'masks_for', 'BaseTransformerLayer', 'build_transformer_layers', 'TransformerLayerSequence',
            'DetrTransformerEncoder', 'DetrTransformerDecoderLayer', 'DetrTransformerDecoder', 'as_tokens', 'as_map',
-           'start_matrices', 'Transformer']
+           'start_matrices', 'build_transformer', 'build_transformer_layer_sequence', 'Transformer']
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #52819268
 import warnings
@@ -250,6 +250,21 @@ def start_matrices(
     "Fill every weight of two or more dimensions."
     for p in module.parameters():
         if p.dim() > 1: fill(p)
+
+# %% ../../nbs/03_layers/11_transformer.ipynb #e1257080
+def build_transformer(
+    cfg,               # recipe of a transformer, or one that is there already
+    default_args=None, # settings that the recipe may override, a dict
+)->nn.Module:          # the transformer
+    "A transformer from its recipe."
+    return TRANSFORMER.build(cfg, default_args=default_args)
+
+def build_transformer_layer_sequence(
+    cfg,               # recipe of a stack, or one that is there already
+    default_args=None, # settings that the recipe may override, a dict
+)->nn.Module:          # the stack
+    "A stack of layers from its recipe."
+    return TRANSFORMER_LAYER_SEQUENCE.build(cfg, default_args=default_args)
 
 # %% ../../nbs/03_layers/11_transformer.ipynb #f5e3b783
 @TRANSFORMER.register_module()
