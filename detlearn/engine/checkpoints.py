@@ -178,8 +178,10 @@ def resume_checkpoint(
         raise ValueError(f'{path} holds weights alone, no optimizer and no epoch: use load_from, or '
                          'resume from a .pth file.')
     state = read_file(path)
-    if 'state_dict' not in state or 'meta' not in state:
-        raise ValueError(f'{path} holds no training state (no meta, no state_dict): use load_from.')
+    lacks = [k for k in ('state_dict', 'meta') if k not in state]
+    lacks = lacks or [f'meta.{k}' for k in ('epoch', 'iter') if k not in (state['meta'] or {})]
+    if lacks:
+        raise ValueError(f'{path} holds no training state (no {", ".join(lacks)}): use load_from.')
     try: load_state(getattr(model, 'module', model), state['state_dict'], strict=True)
     except ValueError as e:
         raise ValueError(f'{path} is not a checkpoint of this model: {e}. To take over what fits, use '
