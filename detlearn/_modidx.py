@@ -4165,6 +4165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                       'detlearn/layers/summary.py'),
                                          'detlearn.layers.summary.Summary.total': ( '03_layers/summary.html#summary.total',
                                                                                     'detlearn/layers/summary.py'),
+                                         'detlearn.layers.summary.attention_flops': ( '03_layers/summary.html#attention_flops',
+                                                                                      'detlearn/layers/summary.py'),
                                          'detlearn.layers.summary.deform_flops': ( '03_layers/summary.html#deform_flops',
                                                                                    'detlearn/layers/summary.py'),
                                          'detlearn.layers.summary.draw_costs': ( '03_layers/summary.html#draw_costs',
