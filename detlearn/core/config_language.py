@@ -57,7 +57,7 @@ class Reading:
         most = self.limits['steps']
         if self.steps > most:
             raise ConfigError(f'{place}: this config takes more than {most:,} steps to read; '
-                                                'write its values out')
+                              'write its values out')
 
 # %% ../../nbs/01_core/01_config_language.ipynb #625559d0
 def shown(

@@ -30,8 +30,8 @@ def warp(
     fill = list(fill) if isinstance(fill, (tuple, list)) else fill
     back = torch.linalg.inv(matrix.double())
     eight = (back/back[2, 2]).flatten()[:8].tolist()
-    mode = (InterpolationMode.NEAREST if isinstance(image, tv_tensors.Mask)
-            else InterpolationMode.BILINEAR)
+    nearest = isinstance(image, tv_tensors.Mask)
+    mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BILINEAR
     room = F.pad(image, [0, 0, max(W-w, 0), max(H-h, 0)], fill=fill)
     seen = F.perspective(room, None, None, mode, fill, coefficients=eight)
     return F.crop(seen, 0, 0, H, W)
@@ -121,8 +121,8 @@ class RandomAffine:
         out = warp_all(results, matrix, size, list(self.border_val), clip=self.bbox_clip_border)
         for key in results.get('bbox_fields', []):
             keep = touches(size)(plain(out[key]))
-            if not self.skip_filter: keep &= still_useful(plain(results[key])*scale, plain(out[key]),
-                                                          *self.limits)
+            before,after = plain(results[key])*scale,plain(out[key])
+            if not self.skip_filter: keep &= still_useful(before, after, *self.limits)
             out = keep_objects(out, lambda boxes: keep, only=key)
         return out
 

@@ -44,8 +44,7 @@ class LoadMultiChannelImageFromFiles:
         names = info['filename']
         if isinstance(names, (str, Path)):
             raise ValueError(f'LoadMultiChannelImageFromFiles: filename is {str(names)!r}, expected a '
-                             'list of files. '
-                             'For one file use LoadImageFromFile.')
+                             'list of files. For one file use LoadImageFromFile.')
         paths = [str(Path(prefix)/n) if prefix else str(n) for n in names]
         image = side_by_side(paths, self.color_type)
         check_size(image, info, paths[0])

@@ -37,8 +37,7 @@ def turn_pixels(
 )->np.ndarray: # as seen
     "A picture, or a mask, as it is seen."
     if turn >= 5: pixels = pixels.T
-    rows,columns = turn in (3, 4, 7, 8),turn in (2, 3, 6,
-                                                 7)                    # mirrored after the transposition
+    rows,columns = turn in (3, 4, 7, 8),turn in (2, 3, 6, 7)           # mirrored after that
     return pixels[::-1 if rows else 1, ::-1 if columns else 1]
 
 def turn_segmentation(

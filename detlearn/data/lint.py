@@ -43,8 +43,8 @@ class Report:
 
     def summary(self)->str: # counts and sizes
         "One line."
-        sizes = [f'{s.path} ({s.format}): {len(s.coco["images"])} images, {len(s.coco["annotations"])} '
-                 f'objects'
+        number = lambda s, key: f'{len(s.coco[key])} {"images" if key == "images" else "objects"}'
+        sizes = [f'{s.path} ({s.format}): {number(s, "images")}, {number(s, "annotations")}'
                  for s in self.sources]
         return ', '.join(f'{self.count[k]} {k}s' for k in ORDER) + f' in {", ".join(sizes)}'
 

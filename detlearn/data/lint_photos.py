@@ -138,9 +138,8 @@ def judge_turn(
     elif not boxes: why += '; no box depends on them.'
     else:
         why += (f'; it is not clear in which photo the boxes were drawn ({own[0]} of its {boxes} boxes '
-                f'fit only '
-                f'the lying photo, {own[1]} only the turned one), so no repair is offered. The gallery '
-                f'shows both.')
+                f'fit only the lying photo, {own[1]} only the turned one), so no repair is offered. '
+                'The gallery shows both.')
         return dict(severity='error', why=why)
     return dict(severity='error', why=why, fix=turn_fix(facts, n, False))
 

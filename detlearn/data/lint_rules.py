@@ -204,8 +204,8 @@ def readings(
     v,o = facts.xywh,facts.source.origin
     sides = lambda c: np.concatenate([c[:, :2], c[:, 2:] - c[:, :2]], 1)
     if facts.source.format == 'voc':
-        return {'two corners': v, 'x, y, width, height': np.concatenate([v[:, :2],
-                                                                         facts.boxes[:, 2:] + o], 1)}
+        written = np.concatenate([v[:, :2], facts.boxes[:, 2:] + o], 1)
+        return {'two corners': v, 'x, y, width, height': written}
     if facts.source.format == 'yolo':
         c = np.concatenate([v[:, :2] + v[:, 2:]/2, v[:, 2:]], 1)
         return {'centre, width, height': v, 'two corners': sides(c), 'x, y, width, height': c}
@@ -377,8 +377,8 @@ def category_ids(
     facts, # `Facts`
 )->Iterator:   # of dicts, see `rule`
     "Legal; code that takes an id for a label, or 0 for background, goes wrong."
-    ids,where = sorted(c['id'] for _,c in facts.categories if isinstance(c['id'], int)),('categories', 0,
-                                                                                         'id')
+    ids = sorted(c['id'] for _,c in facts.categories if isinstance(c['id'], int))
+    where = 'categories',0,'id'
     if ids and ids[0] <= 0:
         yield dict(message=f'category ids start at {ids[0]}; some tools take 0 for background.',
                    where=where)
@@ -418,9 +418,8 @@ def unlabelled_images(
     if not facts.objects: return
     empty = np.flatnonzero(np.bincount(facts.image_of, minlength=len(facts.images)) == 0)
     if len(empty):
-        yield of_photo(facts, empty[0], f'{len(empty)} of {len(facts.images)} photos have no object, '
-                                        f'this is '
-                  'the first. Background, or forgotten?')
+        some = f'{len(empty)} of {len(facts.images)} photos have no object'
+        yield of_photo(facts, empty[0], f'{some}, this is the first. Background, or forgotten?')
 
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #618c298d
 def polygon_extent(

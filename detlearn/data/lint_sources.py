@@ -234,8 +234,8 @@ def check_objects(
     for i,a in enumerate(s.coco['annotations']):
         if not isinstance(a, dict): continue
         where = ('annotations', i)
-        more = dict(fix=(*where, None), image=check_ids_of(s, i,
-                                                           dict(image_id=images, category_id=classes)))
+        photo = check_ids_of(s, i, dict(image_id=images, category_id=classes))
+        more = dict(fix=(*where, None), image=photo)
         if 'bbox' not in a:
             s.say('missing-key', 'error', 'bbox is missing.', where, unusable=True, **more)
             continue

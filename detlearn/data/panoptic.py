@@ -40,8 +40,7 @@ def check_segments(
     for i,ann in enumerate(coco['annotations']):
         if not isinstance(ann.get('segments_info'), list):
             raise AnnotationError(f'{path}: /annotations/{i}/segments_info is missing: this is no '
-                                  'panoptic file. '
-                                  'For boxes and polygons use CocoDataset.')
+                                  'panoptic file. For boxes and polygons use CocoDataset.')
         for k,s in enumerate(ann['segments_info']):
             place = f'{path}: /annotations/{i}/segments_info/{k}'
             if not isinstance(s, dict) or not isinstance(s.get('id'), int):

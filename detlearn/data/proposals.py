@@ -72,8 +72,7 @@ def checked_proposals(
     bad = next((i for i,a in enumerate(out) if a.ndim != 2 or a.shape[1] not in (4, 5)), None)
     if bad is None: return out
     raise ValueError(f'{path}: entry {bad} has shape {out[bad].shape}, expected (boxes, 4) for x1, '
-                     'y1, x2, '
-                     'y2, or (boxes, 5) with a score.')
+                     'y1, x2, y2, or (boxes, 5) with a score.')
 
 # %% ../../nbs/02_data/00_proposals.ipynb #f9a4545d
 class Ragged(Sequence):

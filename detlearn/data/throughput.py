@@ -25,8 +25,7 @@ def step_costs(
     dataset,   # `CocoDataset` or of its kind
     n:int=20,  # photos; the first one is run twice, and its first run does not count
     seed:int=0,# of the random steps
-    # name -> milliseconds of processor time, median; `annotations` is what is done before the first step
-)->dict:
+)->dict:       # name: milliseconds of processor time, median; `annotations`: before the first step
     "What each step of a pipeline costs."
     spent,numbers = defaultdict(list),[k % len(dataset) for k in range(n)]
     for count,i in enumerate([numbers[0], *numbers]):

@@ -42,8 +42,8 @@ def decode_by_pil(
     if image.mode.startswith('I;16') and mode:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     pixels = np.array(image.convert(mode) if mode else image).reshape(image.height, image.width, -1)
-    return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)).permute(
-        2, 0, 1)
+    if pixels.dtype != np.uint8: pixels = pixels.astype(np.int32)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 # %% ../../nbs/02_data/04_transforms.ipynb #ba91f51b
 READ_MODES = dict(color=('RGB', 'RGB'), grayscale=('GRAY', 'L'), unchanged=('UNCHANGED', None))

@@ -34,8 +34,8 @@ def to_original(
     one = not isinstance(metas, (list, tuple))
     d = detections.to('cpu')
     matrices = [(m or {}).get('matrix') for m in ([metas] if one else metas)]
-    rows = [b if m is None else map_back(b, m) for b,m in zip(d.boxes[None] if one else d.boxes,
-                                                              matrices)]
+    each = zip(d.boxes[None] if one else d.boxes, matrices)
+    rows = [b if m is None else map_back(b, m) for b,m in each]
     boxes = rows[0] if one else torch.stack(rows)
     return Detections(boxes.masked_fill(~d.valid[..., None], 0), d.scores, d.labels, d.valid)
 
@@ -90,8 +90,7 @@ def check_results(
     strangers = sorted({r['image_id'] for r in results} - {im['id'] for im in coco['images']}, key=str)
     if strangers:
         raise ValueError(f'results hold boxes of {len(strangers)} images that the ground truth does not '
-                         f'know, e.g. '
-                         f'image_id {strangers[:3]}: were both made from the same file?')
+                         f'know, e.g. image_id {strangers[:3]}: were both made from the same file?')
     unknown = {r['category_id'] for r in results} - {c['id'] for c in coco['categories']}
     if unknown:
         warnings.warn(f'category ids {sorted(unknown)} of the results are not in the ground truth: left '

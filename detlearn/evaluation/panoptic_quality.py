@@ -73,8 +73,8 @@ def pq_summary(
     table,thing,out = 100*quality(np.asarray(counts, float)),np.asarray(is_thing, bool),{}
     for end,chosen in (('', thing | ~thing), ('_th', thing), ('_st', ~thing)):
         part = table[:, chosen & ~np.isnan(table[0])]
-        out |= {f'{name}{end}': float(v)
-                for name,v in zip(('PQ', 'SQ', 'RQ'), part.mean(1) if part.size else np.zeros(3))}
+        means = part.mean(1) if part.size else np.zeros(3)
+        out |= {f'{name}{end}': float(v) for name,v in zip(('PQ', 'SQ', 'RQ'), means)}
     return out
 
 # %% ../../nbs/13_evaluation/07_panoptic_quality.ipynb #03e87ac4
