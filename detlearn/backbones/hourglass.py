@@ -90,7 +90,7 @@ class HourglassNet(nn.Module):
                                   res_layer(BasicBlock, c//2, c, 1, 2, norm_cfg=norm_cfg))
         glass = lambda: HourglassModule(downsample_times, stage_channels, stage_blocks)
         self.hourglass_modules = nn.ModuleList(glass() for _ in range(k))
-        self.inters = res_layer(BasicBlock, c, c, k-1, norm_cfg=norm_cfg) if k > 1 else nn.Sequential()
+        self.inters = res_layer(BasicBlock, c, c, k-1, norm_cfg=norm_cfg) # never less than one block
         self.conv1x1s = nn.ModuleList(brick(c, c, 1, act_cfg=None) for _ in range(k-1))
         self.out_convs = nn.ModuleList(brick(c, feat_channel, 3, padding=1) for _ in range(k))
         self.remap_convs = nn.ModuleList(brick(feat_channel, c, 1, act_cfg=None) for _ in range(k-1))
@@ -105,6 +105,6 @@ class HourglassNet(nn.Module):
         x,outs = self.stem(x),[]
         for i,glass in enumerate(self.hourglass_modules):
             outs.append(self.out_convs[i](glass(x)))
-            if i < len(self.inters):
+            if i < len(self.conv1x1s):
                 x = self.inters[i](F.relu(self.conv1x1s[i](x) + self.remap_convs[i](outs[-1])))
         return outs
