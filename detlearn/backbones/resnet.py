@@ -224,7 +224,7 @@ def start_weights(
     for w in last:
         if w is not None: nn.init.zeros_(w)                     # an instance norm has none
 
-# %% ../../nbs/04_backbones/01_resnet.ipynb #c2066f35
+# %% ../../nbs/04_backbones/01_resnet.ipynb #10d5f279
 def check_stages(
     num_stages:int,    # 1 to 4
     out_indices,       # stages whose maps are given, 0 to `num_stages-1`
@@ -242,6 +242,7 @@ def check_stages(
         if len(values) < num_stages:
             raise ValueError(f'ResNet: {name}={values} for num_stages={num_stages}; give one a stage')
 
+# %% ../../nbs/04_backbones/01_resnet.ipynb #3b4687d1
 def check_resnet(
     archs,          # depth: block, blocks of each stage
     depth,          # must be a key of `archs`
