@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
+from ..layers.upsample import UPSAMPLE_LAYERS
 from .fpn import take_maps, used_levels
 
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #2ee4ecfd
@@ -29,6 +30,7 @@ def carafe(
     return torch.einsum('bgckhw,bgkhiwj->bgchiwj', near, weights).reshape(B, C, s*H, s*W)
 
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #1e8b0322
+@UPSAMPLE_LAYERS.register_module('carafe')
 class CARAFEPack(nn.Module):
     "Enlarge a map with weights predicted from it (Wang et al., 2019)."
     def __init__(self,
