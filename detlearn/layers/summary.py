@@ -38,7 +38,8 @@ class Summary(list):
         return sum(getattr(s, what) for s in self)
 
     def __str__(self):
-        row = lambda *v: '{:<20}{:>8}{:>16}{:>11}{:>11}{:>11}'.format(*v)
+        wide = max([20] + [len(s.name) + 1 for s in self])
+        row = lambda n,*v: f'{n:<{wide}}' + '{:>8}{:>16}{:>11}{:>11}{:>11}'.format(*v)
         cost = lambda p,m,b: (f'{p/1e6:.2f} M', f'{m/1e9:.2f} G', f'{b/2**20:.1f} MB')
         lines = [row('stage', 'stride', 'shape', 'weights', 'mul-adds', 'memory')]
         for s in self:
