@@ -15,9 +15,9 @@ from ..core.registry import BACKBONES
 from ..layers.attention import MultiheadAttention
 from ..layers.conv_module import build_activation_layer, build_norm_layer
 from ..layers.drop import build_dropout, drop_rates
+from ..layers.patches import PatchEmbed, nchw_to_nlc, nlc_to_nchw
 from ..layers.initialize import initialize
 from .pretrained import own_rules, weights_from
-from .swin import PatchEmbed, to_map, to_rows
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #56f55e49
 class AbsolutePositionEmbedding(nn.Module):
@@ -38,9 +38,9 @@ class AbsolutePositionEmbedding(nn.Module):
         size,  # `(H, W)`
     )->Tensor: # same shape
         "Add, resized if needed."
-        table = to_map(self.pos_embed, self.pos_shape)
+        table = nlc_to_nchw(self.pos_embed, self.pos_shape)
         at = F.interpolate(table, size=size, mode='bilinear', align_corners=False)
-        return self.drop(x + to_rows(at))
+        return self.drop(x + nchw_to_nlc(at))
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #04e655a9
 class SpatialReductionAttention(MultiheadAttention):
@@ -69,7 +69,7 @@ class SpatialReductionAttention(MultiheadAttention):
         "The shrunken map; a map smaller than the step is padded to one."
         if self.sr_ratio == 1: return x
         h,w = [max(self.sr_ratio - s, 0) for s in size]
-        return self.norm(to_rows(self.sr(F.pad(to_map(x, size), (0, w, 0, h)))))
+        return self.norm(nchw_to_nlc(self.sr(F.pad(nlc_to_nchw(x, size), (0, w, 0, h)))))
 
     def forward(self,
         x,              # `(B, H·W, C)`
@@ -104,7 +104,7 @@ class MixFFN(nn.Module):
         identity=None,  # what is added; default: `x`
     )->Tensor:          # same shape
         "Widen, (look around), activate, narrow, add."
-        y = self.dropout_layer(to_rows(self.layers(to_map(x, size))))
+        y = self.dropout_layer(nchw_to_nlc(self.layers(nlc_to_nchw(x, size))))
         return y + (x if identity is None else identity)
 
 # %% ../../nbs/04_backbones/14_pvt.ipynb #c584b453
@@ -227,7 +227,7 @@ class PyramidVisionTransformer(nn.Module):
         for i,(patches,layers,norm) in enumerate(self.layers):
             x,size = patches(x)
             for layer in layers: x = layer(x, size)
-            x = to_map(norm(x), size).contiguous()
+            x = nlc_to_nchw(norm(x), size).contiguous()
             if i in self.out_indices: outs.append(x)
         return tuple(outs)
 
