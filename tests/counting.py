@@ -10,24 +10,29 @@ import collections
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITS = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal', 'unique_consecutive', '_unique', '_unique2',
+WAITS = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal',
+         'unique_consecutive', '_unique', '_unique2',
          'unique_dim', 'bincount', 'repeat_interleave', 'nms'}
 INDEXING = {'index', 'index_put', 'index_put_', '_index_put_impl_', '_unsafe_index'}
 COPIES = {'_to_copy', 'copy_', 'copy'}
-VIEWS = {'view', '_unsafe_view', '_reshape_alias', 'alias', 'as_strided', 'detach', 'diagonal', 'expand', 'lift_fresh', 'permute', 'select',
-         'slice', 'split', 'split_with_sizes', 'squeeze', 't', 'transpose', 'unbind', 'unfold', 'unsqueeze', 'view_as_real'}
+VIEWS = {'view', '_unsafe_view', '_reshape_alias', 'alias', 'as_strided', 'detach', 'diagonal', 'expand',
+         'lift_fresh', 'permute', 'select',
+         'slice', 'split', 'split_with_sizes', 'squeeze', 't', 'transpose', 'unbind', 'unfold',
+         'unsqueeze', 'view_as_real'}
 
 
 def waits(name, args, kwargs):
     "Why the host must wait for this op, or None."
     if name == 'repeat_interleave' and kwargs.get('output_size') is not None: return None
     if name in WAITS: return name
-    if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]): return f'{name} by mask'
+    if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+        return f'{name} by mask'
     if name not in COPIES: return None
     source = args[1] if name in ('copy_', 'copy') else args[0]
     target = args[0].device if name in ('copy_', 'copy') else kwargs.get('device') or source.device
     blocking = not (kwargs.get('non_blocking') or name != '_to_copy' and len(args) > 2 and args[2])
-    return f'copy {source.device.type} to {torch.device(target).type}' if blocking and torch.device(target).type != source.device.type else None
+    return (f'copy {source.device.type} to {torch.device(target).type}' if blocking
+            and torch.device(target).type != source.device.type else None)
 
 
 class Counter(TorchDispatchMode):
@@ -47,4 +52,5 @@ class Counter(TorchDispatchMode):
 def count(fn):
     "`dict(ops=, kernels=, syncs=, where=)` of one call of `fn`; `where` names the waits."
     with Counter() as c: fn()
-    return dict(ops=c.ops.total(), kernels=sum(n for k, n in c.ops.items() if k not in VIEWS), syncs=c.where.total(), where=dict(c.where))
+    return dict(ops=c.ops.total(), kernels=sum(n for k, n in c.ops.items() if k not in VIEWS),
+                syncs=c.where.total(), where=dict(c.where))

@@ -14,7 +14,8 @@ from detlearn._modidx import d as INDEX
 from detlearn.core.registry import MATCH_COST
 
 sys.path.insert(0, str(Path(__file__).parent))
-PLACES = {sym.rsplit('.', 1)[1]: mod for mod, syms in INDEX['syms'].items() for sym in syms if sym.count('.') == mod.count('.') + 1}
+PLACES = {sym.rsplit('.', 1)[1]: mod for mod, syms in INDEX['syms'].items() for sym in syms
+          if sym.count('.') == mod.count('.') + 1}
 
 
 def calls(group):
@@ -23,7 +24,8 @@ def calls(group):
     except ModuleNotFoundError as e:
         if e.name != f'golden_calls.{group}': raise
         module = None
-    return SimpleNamespace(**{k: getattr(module, k, {}) for k in ('TYPES', 'FUNCTIONS', 'NAMES', 'DIFFERS')})
+    return SimpleNamespace(**{k: getattr(module, k, {})
+                              for k in ('TYPES', 'FUNCTIONS', 'NAMES', 'DIFFERS')})
 
 
 def find(group, name):
@@ -39,7 +41,9 @@ class Translated:
         f = self.methods.get(name)
         return (lambda **args: f(self.part, **args)) if f else getattr(self.part, name)
     def __setattr__(self, name, value): setattr(self.part, name, value)
-    def __call__(self, **args): return self.methods['__call__'](self.part, **args) if '__call__' in self.methods else self.part(**args)
+    def __call__(self, **args):
+        return (self.methods['__call__'](self.part, **args) if '__call__' in self.methods
+                else self.part(**args))
 
 
 def build(group, cfg):
@@ -47,8 +51,10 @@ def build(group, cfg):
     cls, methods = find(group, name), calls(group).TYPES
     if cls is None: return None
     methods = methods.get(name) or methods.get('*')
-    own = {k: cfg.pop(k) for k in getattr(cls, 'specs', ()) if k in cfg}          # dicts that the part builds itself
-    part = cls(**MATCH_COST.build(cfg), **own)                 # parts among the settings are built first, as from a config
+    # dicts that the part builds itself
+    own = {k: cfg.pop(k) for k in getattr(cls, 'specs', ()) if k in cfg}
+    # parts among the settings are built first, as from a config
+    part = cls(**MATCH_COST.build(cfg), **own)
     return Translated(part, methods) if methods else part
 
 
@@ -56,8 +62,10 @@ def function(group, name): return calls(group).FUNCTIONS.get(name) or find(group
 
 
 def argument(d):
-    if d.get('type') in ('BitmapMasks', 'PolygonMasks'): return importlib.import_module('golden_calls.masks').argument(d)
+    if d.get('type') in ('BitmapMasks', 'PolygonMasks'):
+        return importlib.import_module('golden_calls.masks').argument(d)
     return SimpleNamespace(**d) if {'gt_inds', 'max_overlaps'} <= set(d) else d
 
 
-def there(group, case): return (find(group, case['type']) if case['call'] else function(group, case['type'])) is not None
+def there(group, case):
+    return (find(group, case['type']) if case['call'] else function(group, case['type'])) is not None

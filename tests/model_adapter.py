@@ -13,8 +13,10 @@ from detlearn.core.structures import GroundTruth
 from detlearn.detectors.build import build_detector
 from detlearn.layers.pixel_decoder import padding_of
 
-BY_LEVEL = {'AnchorHead', 'DenseHead', 'RetinaHead'}   # heads whose losses the zoo gives as lists, one entry a level
-PARTS = {s.rsplit('.', 1)[1] for mod, syms in INDEX['syms'].items() for s in syms if s.count('.') == mod.count('.') + 1}
+# heads whose losses the zoo gives as lists, one entry a level
+BY_LEVEL = {'AnchorHead', 'DenseHead', 'RetinaHead'}
+PARTS = {s.rsplit('.', 1)[1] for mod, syms in INDEX['syms'].items() for s in syms
+         if s.count('.') == mod.count('.') + 1}
 
 
 class BitmapMasks:
@@ -29,7 +31,8 @@ def missing(config):
     known = PARTS.union(*Registry.everything)
     def types(x):
         values = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
-        return {t for v in values for t in types(v)} | ({x['type']} if isinstance(x, dict) and 'type' in x else set())
+        return {t for v in values for t in types(v)} | ({x['type']} if isinstance(x, dict)
+                                                        and 'type' in x else set())
     return sorted(t for t in types(config) if t[0].isupper() and t not in known)
 
 
@@ -59,11 +62,14 @@ class Plugin:
 def levels_of(head, feats, preds):
     "Flattened predictions as one map a level: scores, then deltas."
     sizes, A = [f.shape[-2:] for f in feats], head.num_base_priors
-    def maps(x): return [p.reshape(len(p), h, w, -1).permute(0, 3, 1, 2) for p, (h, w) in zip(x.split([A*h*w for h, w in sizes], 1), sizes)]
+    def maps(x):
+        return [p.reshape(len(p), h, w, -1).permute(0, 3, 1, 2)
+                for p, (h, w) in zip(x.split([A*h*w for h, w in sizes], 1), sizes)]
     return maps(preds.scores), maps(preds.deltas)
 
 
-RAW = dict(RetinaHead=levels_of, DenseHead=levels_of, AnchorHead=levels_of)   # head: f(head, feats, preds) gives the zoo's outputs
+# head: f(head, feats, preds) gives the zoo's outputs
+RAW = dict(RetinaHead=levels_of, DenseHead=levels_of, AnchorHead=levels_of)
 
 
 class Head:
@@ -95,9 +101,11 @@ class Detector:
                 loss.level_sizes = sizes
         return head
 
-    def forward_train(self, img, img_metas, gt_bboxes, gt_labels=None, gt_masks=None, gt_bboxes_ignore=None, **kw):
+    def forward_train(self, img, img_metas, gt_bboxes, gt_labels=None, gt_masks=None,
+                      gt_bboxes_ignore=None, **kw):
         labels = gt_labels or [b.new_zeros(len(b), dtype=torch.long) for b in gt_bboxes]
-        images = [dict(boxes=b, labels=l, size=m['img_shape'][:2], pad_size=m['pad_shape'][:2]) for b, l, m in zip(gt_bboxes, labels, img_metas)]
+        images = [dict(boxes=b, labels=l, size=m['img_shape'][:2], pad_size=m['pad_shape'][:2])
+                  for b, l, m in zip(gt_bboxes, labels, img_metas)]
         for im, masks in zip(images, gt_masks or []): im['masks'] = torch.as_tensor(masks.masks)
         feats = self.extract_feat(img)
         return self.of_ours(feats).forward_train(feats, GroundTruth.pad(images))

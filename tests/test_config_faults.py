@@ -8,12 +8,14 @@ R18 = 'retinanet/retinanet_r18_fpn_1x8_1x_coco'
 DOUBLING = 'a = "x" * 50000\n' + ''.join(f'{b} = {a} + {a}\n' for a, b in zip('abcdefgh', 'bcdefghi'))
 TOWER = 'a = [0] * 1000\n' + ''.join(f'{b} = [{a}] * 1000\n' for a, b in zip('abcd', 'bcde'))
 LOOPS = 'x = [0' + ''.join(f' for {v} in range(1000)' for v in 'abcdef') + ']'
-BILLION = 'a: &a [0, 0, 0, 0]\n' + ''.join(f'{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n' for a, b in zip('abcdefgh', 'bcdefghi'))
+BILLION = 'a: &a [0, 0, 0, 0]\n' + ''.join(f'{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n'
+                                           for a, b in zip('abcdefgh', 'bcdefghi'))
 
 TEXTS = {
     'import': ('x = 1\nimport os', 'bad.py:2: an import'),
     'import from': ('from os import path', 'bad.py:1: an import'),
-    'dunder import': ("x = __import__('os').system('touch hacked')", 'bad.py:1: only dict, range, len, enumerate'),
+    'dunder import': ("x = __import__('os').system('touch hacked')",
+                      'bad.py:1: only dict, range, len, enumerate'),
     'call': ("a = 1\n\nb = open('hacked', 'w')", 'bad.py:3: only dict, range, len, enumerate'),
     'eval': ("x = eval('1')", 'can be called in a config'),
     'method': ("x = 'a'.join(['b'])", 'can be called in a config'),
@@ -51,14 +53,18 @@ TEXTS = {
     'base null': (r"_base_ = 'a\0b'", 'is no path'),
     'base kind': ("_base_ = '_base_/notes.txt'", 'must end in .py, .json, .yaml'),
     'same key': ("_base_ = ['_base_/model.py', '_base_/twin.py']", "two _base_ files define 'model': "),
-    'dict over list': ("_base_ = '_base_/model.py'\nmodel = dict(levels=dict(a=1))", 'write levels=dict(_delete_=True, ...)'),
+    'dict over list': ("_base_ = '_base_/model.py'\nmodel = dict(levels=dict(a=1))",
+                       'write levels=dict(_delete_=True, ...)'),
     'placeholder': ("_base_ = '_base_/model.py'\nx = {{ _base_.model.dept }}", "have no 'model.dept'"),
     'no base': ('x = {{ _base_.model }}', "have no 'model'"),
 }
 
-BOMBS = {'doubling': DOUBLING, 'tower': TOWER, 'loops': LOOPS, 'long': "x = 'a' * 1000000000", 'list': 'x = [0] * 100000000',
-         'range': 'x = [i for i in range(1000000000000)]', 'number': 'x = 99999999999 * 99999999999', 'brackets': 'x = ' + '['*5000 + ']'*5000,
-         'minus': 'x = ' + '-'*20000 + '1', 'sum': 'x = ' + '+'.join('1'*50000), 'many': ''.join(f'x{i} = [{"0, "*2000}]\n' for i in range(200)),
+BOMBS = {'doubling': DOUBLING, 'tower': TOWER, 'loops': LOOPS, 'long': "x = 'a' * 1000000000",
+         'list': 'x = [0] * 100000000',
+         'range': 'x = [i for i in range(1000000000000)]', 'number': 'x = 99999999999 * 99999999999',
+         'brackets': 'x = ' + '['*5000 + ']'*5000,
+         'minus': 'x = ' + '-'*20000 + '1', 'sum': 'x = ' + '+'.join('1'*50000),
+         'many': ''.join(f'x{i} = [{"0, "*2000}]\n' for i in range(200)),
          'format': "x = f'{1:>1000000000}'"}
 
 
@@ -111,7 +117,8 @@ def test_fan_of_files(house):
 
 def test_kinds_of_files(house):
     refused(house/'bad.yaml', BILLION, 'an alias (*name)')
-    refused(house/'bad.yaml', '!!python/object/apply:os.system ["touch hacked"]', 'could not determine a constructor')
+    refused(house/'bad.yaml', '!!python/object/apply:os.system ["touch hacked"]',
+            'could not determine a constructor')
     refused(house/'bad.yaml', 'day: 2020-01-01', 'bad.yaml:1: date is no type of a config')
     refused(house/'bad.json', '{"a": [1, 2', 'bad.json: ')
     refused(house/'bad.json', '['*200000, 'nested too deep')
@@ -126,7 +133,8 @@ def test_custom_imports_are_data(house):
     (house/'evil.py').write_text('open("hacked", "w")')
     path = house/'mine.py'
     path.write_text("custom_imports = dict(imports=['evil'])")
-    with pytest.warns(UserWarning, match="'evil' was not imported; allow_custom_imports=True"): cfg = Config.fromfile(path)
+    with pytest.warns(UserWarning, match="'evil' was not imported; allow_custom_imports=True"):
+        cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports == ['evil'] and not os.path.exists('hacked')
 
 
@@ -134,14 +142,19 @@ def test_missing_key():
     cfg = Config.fromfile(R18)
     for get in (lambda: cfg.modle, lambda: cfg['modle']):
         with pytest.raises(KeyError, match="there is no key 'modle' here; did you mean 'model'?"): get()
-    with pytest.raises(KeyError, match="'model.backbone' ends before 'dept'; did you mean 'depth'?"): cfg.where('model.backbone.dept')
-    with pytest.raises(ConfigError, match='did you mean'): find_config('retinanet/retinanet_r50_fpn_1x_koko')
+    with pytest.raises(KeyError, match="'model.backbone' ends before 'dept'; did you mean 'depth'?"):
+        cfg.where('model.backbone.dept')
+    with pytest.raises(ConfigError, match='did you mean'):
+        find_config('retinanet/retinanet_r50_fpn_1x_koko')
 
 
 @pytest.mark.parametrize('option, why', {
-    'depth': 'KEY=VALUE is needed', '=3': 'KEY=VALUE is needed', 'a b=3': 'KEY=VALUE is needed', 'a=[1,(2]': 'brackets do not match',
-    'a=' + '['*99 + ']'*99: 'brackets do not match', 'model.backbone.depth.x=1': 'is a dict here, but a int',
-    'model.neck.in_channels.9=1': "has 4 items; '9' is none of 0 to 3", 'model.neck.in_channels.x=1': 'is none of 0 to 3'}.items())
+    'depth': 'KEY=VALUE is needed', '=3': 'KEY=VALUE is needed', 'a b=3': 'KEY=VALUE is needed',
+    'a=[1,(2]': 'brackets do not match',
+    'a=' + '['*99 + ']'*99: 'brackets do not match',
+    'model.backbone.depth.x=1': 'is a dict here, but a int',
+    'model.neck.in_channels.9=1': "has 4 items; '9' is none of 0 to 3",
+    'model.neck.in_channels.x=1': 'is none of 0 to 3'}.items())
 def test_set(option, why):
     with pytest.raises(ConfigError) as e: Config.fromfile(R18).merge_from_dict(parse_set([option]))
     assert why in str(e.value)
@@ -162,7 +175,8 @@ def test_set_misspelt():
     ('model.type=RetinaNt', KeyError, "did you mean 'RetinaNet'"),
     ('model.backbone.dept=18', TypeError, "ResNet .*has no setting 'dept'; did you mean 'depth'?"),
     ('model.bbox_head.loss_cls.gama=2', TypeError, "no setting 'gama'; did you mean 'gamma'?"),
-    ('model.test_cfg.scor_thr=.1', (TypeError, ValueError), "no setting 'scor_thr'; did you mean 'score_thr'?")])
+    ('model.test_cfg.scor_thr=.1', (TypeError, ValueError),
+     "no setting 'scor_thr'; did you mean 'score_thr'?")])
 def test_build(option, error, why):
     cfg = Config.fromfile(R18)
     with warnings.catch_warnings():

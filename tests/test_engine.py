@@ -23,8 +23,11 @@ def loader(workers=0): return toy_loader(num_workers=workers)
 
 def make(folder, epochs=5, pause=0, seed=0, by_epoch=True, interval=1):
     net = ToyNet(seed)
-    runner = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder, dict(CLASSES=ToyPhotos.CLASSES), epochs)
-    runner.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), dict(interval=interval, by_epoch=by_epoch), dict(interval=2, hooks=[dict(type='TextLoggerHook')]))
+    runner = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder,
+                              dict(CLASSES=ToyPhotos.CLASSES), epochs)
+    runner.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)),
+                                   dict(interval=interval, by_epoch=by_epoch),
+                                   dict(interval=2, hooks=[dict(type='TextLoggerHook')]))
     runner.register_hook(EMAHook(.2, warm_up=1))
     if pause: runner.register_hook(Pause(pause))
     return runner
@@ -37,12 +40,14 @@ class Pause(hooks.Hook):
         print(f'iteration {runner.iter+1}', flush=True); time.sleep(self.seconds)
 
 
-def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
-    runner = make(tmp_path_factory.mktemp('straight'), by_epoch=False); torch.manual_seed(1); runner.run(loader())
+    runner = make(tmp_path_factory.mktemp('straight'), by_epoch=False); torch.manual_seed(1)
+    runner.run(loader())
     return runner
 
 
@@ -68,8 +73,10 @@ CHILD = '''
 
 def child(folder, until, sign, pause=.15, interval=1):
     "Train in another process; send it a signal when it has come so far."
-    code = textwrap.dedent(CHILD.format(tests=str(Path(__file__).parent), root=str(ROOT), folder=str(folder), pause=pause, interval=interval))
-    p = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    code = textwrap.dedent(CHILD.format(tests=str(Path(__file__).parent), root=str(ROOT),
+                                        folder=str(folder), pause=pause, interval=interval))
+    p = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     out = ''
     for line in p.stdout:
         out += line
@@ -86,14 +93,16 @@ def go_on(folder, path, seed=9):
 def test_sigint_saves_and_says_how_to_resume(tmp_path, straight):
     rc, out = child(tmp_path, 6, signal.SIGINT)
     assert rc == 130, out
-    assert 'Interrupted at iteration 6 (epoch 2, after 2 of 4 batches)' in out and 'resume with:' in out and 'interrupted.pth' in out
+    assert ('Interrupted at iteration 6 (epoch 2, after 2 of 4 batches)' in out and 'resume with:' in out
+            and 'interrupted.pth' in out)
     assert same(go_on(tmp_path, tmp_path/'interrupted.pth').model, straight.model)
 
 
 def test_sigterm_saves_and_ends_well(tmp_path, straight):
     rc, out = child(tmp_path, 9, signal.SIGTERM)
     assert rc == 0, out
-    assert 'SIGTERM: finishing this iteration' in out and 'Interrupted at iteration 9' in out and 'resume with:' in out
+    assert ('SIGTERM: finishing this iteration' in out and 'Interrupted at iteration 9' in out
+            and 'resume with:' in out)
     assert same(go_on(tmp_path, tmp_path/'interrupted.pth').model, straight.model)
 
 
@@ -119,17 +128,20 @@ KILLED = '''
 '''
 FAULTS = {'between writing and renaming': 'c.os.replace = kill',
           'before the bytes are pushed': 'c.os.fsync = kill',
-          'in the middle of writing': 'old = torch.save\n    def half(obj, f): old(obj, f); os.truncate(f, 5000); kill()\n    torch.save = half'}
+          'in the middle of writing': 'old = torch.save\n    def half(obj, f): old(obj, f); '
+                                      'os.truncate(f, 5000); kill()\n    torch.save = half'}
 
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_kill_while_saving_leaves_the_old_file(tmp_path, fault):
     path = tmp_path/'epoch_1.pth'
-    code = textwrap.dedent(KILLED).format(root=str(ROOT), path=str(path), fault=textwrap.dedent(FAULTS[fault].replace('\n    ', '\n')))
+    code = textwrap.dedent(KILLED).format(root=str(ROOT), path=str(path),
+                                          fault=textwrap.dedent(FAULTS[fault].replace('\n    ', '\n')))
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.returncode == -signal.SIGKILL, p.stderr
     assert read_file(path)['meta']['iter'] == 1
-    assert find_latest(tmp_path) == path                               # the hidden remains are no candidate
+    # the hidden remains are no candidate
+    assert find_latest(tmp_path) == path
     save_checkpoint(path, nn.Linear(2, 2), meta=dict(iter=3))          # and in nobody's way
     assert sorted(f.name for f in tmp_path.iterdir()) == ['epoch_1.pth']
 
@@ -140,8 +152,10 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path, fault):
 @pytest.mark.parametrize('done', [2, 4, 7])
 def test_resumed_is_uninterrupted(tmp_path, done, workers, straight):
     whole = straight
-    if workers: whole = make(tmp_path/'whole', by_epoch=False); torch.manual_seed(1); whole.run(loader(workers))
-    first = make(tmp_path/'a', by_epoch=False, epochs=2); torch.manual_seed(1); first.run(loader(workers))
+    if workers:
+        whole = make(tmp_path/'whole', by_epoch=False); torch.manual_seed(1); whole.run(loader(workers))
+    first = make(tmp_path/'a', by_epoch=False, epochs=2); torch.manual_seed(1)
+    first.run(loader(workers))
     second = make(tmp_path/'b', seed=4, by_epoch=False); torch.manual_seed(2)
     second.resume(tmp_path/'a'/f'iter_{done}.pth'); second.run(loader(workers))
     assert second.iter == 20 and same(second.model, whole.model)
@@ -151,18 +165,25 @@ def test_resumed_is_uninterrupted(tmp_path, done, workers, straight):
 def test_the_books_own_loader_resumes(tmp_path, done):
     "Batches of `build_dataloader` depend on seed, epoch and place alone; no replay is needed."
     from detlearn.data.loader import build_dataloader
-    data = lambda seed: build_dataloader(ToyPhotos(), 4, 0, seed=seed, collate_fn=stack_toys, pin_memory=False)
+    data = lambda seed: build_dataloader(ToyPhotos(), 4, 0, seed=seed, collate_fn=stack_toys,
+                                         pin_memory=False)
     whole = make(tmp_path/'a', by_epoch=False); torch.manual_seed(1); whole.run(data(3))
-    back = make(tmp_path/'b', seed=4, by_epoch=False); torch.manual_seed(2); back.resume(tmp_path/'a'/f'iter_{done}.pth'); back.run(data(3))
+    back = make(tmp_path/'b', seed=4, by_epoch=False); torch.manual_seed(2)
+    back.resume(tmp_path/'a'/f'iter_{done}.pth'); back.run(data(3))
     assert back.iter == 20 and same(back.model, whole.model)
 
 
 def test_iterations_resume(tmp_path):
     def runner(folder, n):
-        net = ToyNet(); out = IterBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), tmp_path/folder, max_iters=n)
-        out.register_training_hooks(dict(policy='poly', by_epoch=False), dict(grad_clip=None), dict(interval=5)); return out
+        net = ToyNet()
+        out = IterBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), tmp_path/folder,
+                              max_iters=n)
+        out.register_training_hooks(dict(policy='poly', by_epoch=False), dict(grad_clip=None),
+                                    dict(interval=5))
+        return out
     whole = runner('a', 15); torch.manual_seed(1); whole.run(loader())
-    back = runner('b', 15); torch.manual_seed(2); back.resume(tmp_path/'a'/'iter_10.pth'); assert (back.epoch, back.inner_iter) == (2, 2)
+    back = runner('b', 15); torch.manual_seed(2); back.resume(tmp_path/'a'/'iter_10.pth')
+    assert (back.epoch, back.inner_iter) == (2, 2)
     back.run(loader()); assert back.iter == 15 and same(back.model, whole.model)
 
 
@@ -174,13 +195,17 @@ def test_every_order_of_the_loader_resumes(tmp_path, how, done):
     class Photos(ToyPhotos):
         flag = [i % 3 == 0 for i in range(16)]
         def get_cat_ids(self, i): return [1] + [2]*(i < 3)
-    settings = dict(groups={}, classes=dict(class_aware_sampler=dict(num_sample_class=1)), endless=dict(runner_type='IterBasedRunner'))[how]
+    settings = dict(groups={}, classes=dict(class_aware_sampler=dict(num_sample_class=1)),
+                    endless=dict(runner_type='IterBasedRunner'))[how]
     def train(folder, seed, resume=None):
         net = ToyNet(seed); opt = torch.optim.AdamW(net.parameters(), .02)
-        out = IterBasedRunner(net, opt, tmp_path/folder, max_iters=13) if how == 'endless' else EpochBasedRunner(net, opt, tmp_path/folder, max_epochs=3)
-        out.register_training_hooks(dict(policy='fixed'), dict(grad_clip=None), dict(interval=1, by_epoch=False))
+        out = (IterBasedRunner(net, opt, tmp_path/folder, max_iters=13) if how == 'endless'
+               else EpochBasedRunner(net, opt, tmp_path/folder, max_epochs=3))
+        out.register_training_hooks(dict(policy='fixed'), dict(grad_clip=None),
+                                    dict(interval=1, by_epoch=False))
         if resume: out.resume(tmp_path/resume/f'iter_{done}.pth')
-        out.run(build_dataloader(Photos(), 4, 0, seed=3, collate_fn=stack_toys, pin_memory=False, **settings))
+        out.run(build_dataloader(Photos(), 4, 0, seed=3, collate_fn=stack_toys, pin_memory=False,
+                                 **settings))
         return out
     whole = train('a', 0); back = train('b', 4, 'a')
     assert back.iter == whole.iter >= 12 and same(back.model, whole.model)
@@ -194,12 +219,15 @@ def test_looking_does_not_change_the_training(tmp_path, straight):
 
 
 def test_log_has_the_zoos_keys(tmp_path):
-    runner = make(tmp_path); runner.register_hook(EvalHook(loader(), evaluate_fn=lambda model, data: dict(bbox_mAP=.5, val_loss=1.)))
+    runner = make(tmp_path)
+    runner.register_hook(EvalHook(loader(),
+                                  evaluate_fn=lambda model, data: dict(bbox_mAP=.5, val_loss=1.)))
     torch.manual_seed(1); runner.run(loader())
     head, *lines = read_log(next(tmp_path.glob('*.log.json')))
     assert head['CLASSES'] == ['cat', 'dog']
     train, val = [[r for r in lines if r['mode'] == m] for m in ('train', 'val')]
-    assert list(train[0]) == ['mode', 'epoch', 'iter', 'lr', 'memory', 'data_time', 'loss_cls', 'loss_bbox', 'loss', 'grad_norm', 'time']
+    assert list(train[0]) == ['mode', 'epoch', 'iter', 'lr', 'memory', 'data_time', 'loss_cls',
+                              'loss_bbox', 'loss', 'grad_norm', 'time']
     assert list(val[0]) == ['mode', 'epoch', 'iter', 'lr', 'bbox_mAP', 'val_loss'] and len(val) == 5
     assert [(r['epoch'], r['iter']) for r in train[:3]] == [(1, 2), (1, 4), (2, 2)]
     assert abs(train[0]['lr'] - lr_at(LR, .02, 0, 1)) < 1e-9
@@ -211,10 +239,17 @@ def test_no_host_synchronisation_between_logs(tmp_path):
     class Reads(TorchDispatchMode):
         n = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.n += any(w in str(func) for w in ('local_scalar', 'nonzero', 'aten.equal', 'is_nonzero', 'masked_select')); return func(*args, **(kwargs or {}))
-    net = ToyNet(); runner = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .02, momentum=.9), None, max_epochs=2, logger=lambda text: None)
-    runner.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), None, dict(interval=50, hooks=[dict(type='TextLoggerHook', ignore_last=True)]))
-    for h in (EMAHook(.2, warm_up=1), CheckInvalidLossHook(100), ProgressHook(disable=True)): runner.register_hook(h)
+            self.n += any(w in str(func) for w in ('local_scalar', 'nonzero', 'aten.equal', 'is_nonzero',
+                                                   'masked_select'))
+            return func(*args, **(kwargs or {}))
+    net = ToyNet()
+    runner = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .02, momentum=.9), None,
+                              max_epochs=2, logger=lambda text: None)
+    runner.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), None,
+                                   dict(interval=50,
+                                        hooks=[dict(type='TextLoggerHook', ignore_last=True)]))
+    for h in (EMAHook(.2, warm_up=1), CheckInvalidLossHook(100), ProgressHook(disable=True)):
+        runner.register_hook(h)
     counts, batches = [], [stack_toys([ToyPhotos()[i] for i in range(4)])]*4
     class Count(hooks.Hook):
         priority = 'HIGHEST'
@@ -231,7 +266,8 @@ def test_no_device_is_named():
     with FakeTensorMode(), torch.device('cuda'):
         for _ in range(3): buffer.update(dict(loss=torch.rand(()), time=.1), 2)
         row = buffer.values['loss']; assert hooks.mean_of(row).device.type == 'cuda'
-        check = CheckInvalidLossHook(10); at = type('R', (), dict(outputs=dict(loss=torch.rand(())), iter=0, max_iters=9, batch=None))
+        check = CheckInvalidLossHook(10)
+        at = type('R', (), dict(outputs=dict(loss=torch.rand(())), iter=0, max_iters=9, batch=None))
         check.after_train_iter(at); assert check.first.device.type == 'cuda'
 
 
@@ -247,30 +283,40 @@ ORACLES = {'StepLR': (dict(policy='step', step=7, gamma=.5), lambda o: L.StepLR(
            'MultiStepLR': (dict(policy='step', step=[20, 40]), lambda o: L.MultiStepLR(o, [20, 40])),
            'ExponentialLR': (dict(policy='exp', gamma=.95), lambda o: L.ExponentialLR(o, .95)),
            'PolynomialLR': (dict(policy='poly', power=.9), lambda o: L.PolynomialLR(o, 60, .9)),
-           'CosineAnnealingLR': (dict(policy='CosineAnnealing', min_lr_ratio=.01), lambda o: L.CosineAnnealingLR(o, 60, .0002)),
-           'LinearLR': (dict(policy='fixed', warmup='linear', warmup_iters=50, warmup_ratio=.001), lambda o: L.LinearLR(o, .001, 1, 50)),
-           'ConstantLR': (dict(policy='fixed', warmup='constant', warmup_iters=50, warmup_ratio=.1), lambda o: L.ConstantLR(o, .1, 50))}
+           'CosineAnnealingLR': (dict(policy='CosineAnnealing', min_lr_ratio=.01),
+                                 lambda o: L.CosineAnnealingLR(o, 60, .0002)),
+           'LinearLR': (dict(policy='fixed', warmup='linear', warmup_iters=50, warmup_ratio=.001),
+                        lambda o: L.LinearLR(o, .001, 1, 50)),
+           'ConstantLR': (dict(policy='fixed', warmup='constant', warmup_iters=50, warmup_ratio=.1),
+                          lambda o: L.ConstantLR(o, .1, 50))}
 
 
 @pytest.mark.parametrize('name', ORACLES)
 def test_schedules_are_torchs(name):
     cfg, oracle = ORACLES[name]
-    assert [lr_at(dict(cfg, by_epoch=False), .02, 0, i, max_iters=60) for i in range(60)] == pytest.approx(by_torch(oracle), rel=1e-9)
+    assert [lr_at(dict(cfg, by_epoch=False), .02, 0, i, max_iters=60)
+            for i in range(60)] == pytest.approx(by_torch(oracle), rel=1e-9)
 
 
 def test_the_zoos_schedule():
     "`schedule_1x` on COCO: 7,330 iterations an epoch."
     cfg = dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=.001, step=[8, 11])
     at = lambda it: lr_at(cfg, .02, it//7330, it, 12, 12*7330)
-    assert [at(i) for i in (0, 49, 499, 500, 8*7330-1, 8*7330, 11*7330)] == pytest.approx([2e-5, .02*(.001+.999*49/500), .02*(.001+.999*499/500), .02, .02, .002, .0002])
+    assert [at(i) for i in (0, 49, 499, 500, 8*7330-1, 8*7330, 11*7330)] == pytest.approx(
+        [2e-5, .02*(.001+.999*49/500), .02*(.001+.999*499/500), .02, .02, .002, .0002])
 
 
 def test_load_from_lets_class_rows_follow_their_names(tmp_path):
     "`load_from` of a run knows the classes of the data and those of the file."
-    def head(n, value): net = nn.ModuleDict(dict(fc_cls=nn.Linear(4, n+1))); nn.init.constant_(net['fc_cls'].weight, value); return net
+    def head(n, value):
+        net = nn.ModuleDict(dict(fc_cls=nn.Linear(4, n+1)))
+        nn.init.constant_(net['fc_cls'].weight, value); return net
     old = head(3, 1.); old['fc_cls'].weight.data[1] = 7.
     save_checkpoint(tmp_path/'old.pth', old, meta=dict(CLASSES=('cat', 'dog', 'bird'), iter=0))
-    run = EpochBasedRunner(head(2, 0.), None, tmp_path/'w', dict(CLASSES=('fox', 'dog')), 1, logger=(said := []).append)
+    run = EpochBasedRunner(head(2, 0.), None, tmp_path/'w', dict(CLASSES=('fox', 'dog')), 1,
+                           logger=(said := []).append)
     report = run.load_checkpoint(tmp_path/'old.pth')
-    assert run.model['fc_cls'].weight[:, 0].tolist() == [0., 7., 1.]           # fox is new, dog is taken over, background is the last row
-    assert report.rows == {'fc_cls.weight': ['dog'], 'fc_cls.bias': ['dog']} and any('rows of 1 of 2 classes are taken over by name: dog' in s for s in said)
+    # fox is new, dog is taken over, background is the last row
+    assert run.model['fc_cls'].weight[:, 0].tolist() == [0., 7., 1.]
+    assert (report.rows == {'fc_cls.weight': ['dog'], 'fc_cls.bias': ['dog']}
+            and any('rows of 1 of 2 classes are taken over by name: dog' in s for s in said))

@@ -21,31 +21,39 @@ LR = dict(policy='step', step=[3], warmup='linear', warmup_iters=6, warmup_ratio
 
 class Heavy(ToyNet):
     "A toy whose checkpoint is large enough for a kill to hit the writing of it."
-    def __init__(self, seed=0): super().__init__(seed); self.register_buffer('ballast', torch.zeros(500_000))
+    def __init__(self, seed=0):
+        super().__init__(seed); self.register_buffer('ballast', torch.zeros(500_000))
 
 
 def make(folder, epochs=5, net=None, interval=1):
     net = net or Heavy()
-    run = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder, dict(CLASSES=('cat', 'dog')), epochs, logger=lambda text: None)
-    run.register_training_hooks(LR, GradientCumulativeOptimizerHook(2, grad_clip=dict(max_norm=1.)), dict(interval=interval, by_epoch=False, max_keep_ckpts=3))
+    run = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder,
+                           dict(CLASSES=('cat', 'dog')), epochs, logger=lambda text: None)
+    run.register_training_hooks(LR, GradientCumulativeOptimizerHook(2, grad_clip=dict(max_norm=1.)),
+                                dict(interval=interval, by_epoch=False, max_keep_ckpts=3))
     run.register_hook(EMAHook(.2, warm_up=1))
     return run
 
 
-def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 def sgd(folder, net=None):
     "SGD with momentum, nothing else that has a memory."
     net = net or ToyNet()
-    run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .05, momentum=.9, nesterov=True, weight_decay=1e-3), folder, None, 5, logger=lambda text: None)
-    run.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False)); return run
+    run = EpochBasedRunner(net,
+                           torch.optim.SGD(net.parameters(), .05, momentum=.9, nesterov=True,
+                                           weight_decay=1e-3), folder, None, 5, logger=lambda text: None)
+    run.register_training_hooks(LR, dict(grad_clip=dict(max_norm=1.)), dict(interval=1, by_epoch=False))
+    return run
 
 
 def equal(a, b):
     "Nests of dicts, lists, tensors and plain values, to the bit; the time of saving may differ."
     if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict): return set(a) == set(b) and all(equal(a[k], b[k]) for k in a if k not in ('time', 'saved'))
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(equal(a[k], b[k]) for k in a if k not in ('time', 'saved'))
     return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
@@ -56,11 +64,14 @@ def equal(a, b):
 def test_all_that_a_checkpoint_holds_is_equal(tmp_path, recipe, workers):
     "Twenty steps, or k and 20-k by another run with other weights and seeds: every entry of the last file, weights, optimizer, hooks, random numbers, place."
     maker, other = (sgd, lambda: ToyNet(9)) if recipe == 'sgd' else (make, lambda: Heavy(9))
-    whole = maker(tmp_path/'whole'); whole.hooks[[type(h).__name__ for h in whole.hooks].index('CheckpointHook')].keep = -1
-    torch.manual_seed(1); whole.run(toy_loader(num_workers=workers)); last = read_file(tmp_path/'whole'/'iter_20.pth')
+    whole = maker(tmp_path/'whole')
+    whole.hooks[[type(h).__name__ for h in whole.hooks].index('CheckpointHook')].keep = -1
+    torch.manual_seed(1); whole.run(toy_loader(num_workers=workers))
+    last = read_file(tmp_path/'whole'/'iter_20.pth')
     assert {'meta', 'state_dict', 'optimizer', 'rng', 'place', 'hooks'} <= set(last)
     for k in (3, 8, 13):
-        back = maker(tmp_path/f'back{k}', net=other()); torch.manual_seed(77); back.resume(tmp_path/'whole'/f'iter_{k}.pth'); back.run(toy_loader(num_workers=workers))
+        back = maker(tmp_path/f'back{k}', net=other()); torch.manual_seed(77)
+        back.resume(tmp_path/'whole'/f'iter_{k}.pth'); back.run(toy_loader(num_workers=workers))
         theirs = read_file(tmp_path/f'back{k}'/'iter_20.pth')
         assert [n for n in last if not equal(last[n], theirs[n])] == []
 
@@ -80,7 +91,8 @@ def test_n_steps_are_k_and_n_minus_k(tmp_path, k, straight):
             if runner.iter+1 == k: os.kill(os.getpid(), signal.SIGINT)
     first.register_hook(Stop())
     with pytest.raises(KeyboardInterrupt): first.run(toy_loader())
-    second = make(tmp_path, net=Heavy(9)); torch.manual_seed(77); second.resume(tmp_path/'interrupted.pth'); second.run(toy_loader())
+    second = make(tmp_path, net=Heavy(9)); torch.manual_seed(77)
+    second.resume(tmp_path/'interrupted.pth'); second.run(toy_loader())
     assert second.iter == 20 and same(second.model, straight.model)
 
 
@@ -99,22 +111,32 @@ run.run(t.toy_loader())
 def test_twenty_kills_at_random_moments(tmp_path, straight):
     "Each life is killed after a random time, in a step or while a checkpoint is written; the next goes on from the newest whole file."
     import multiprocessing as mp
-    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['detlearn.engine.distributed', 'detlearn.engine.accumulation', 'detlearn.engine.ema', 'detlearn.engine.loggers', 'pytest', 'torch._dynamo'])
+    ctx = mp.get_context('forkserver')
+    ctx.set_forkserver_preload(['detlearn.engine.distributed', 'detlearn.engine.accumulation',
+                                'detlearn.engine.ema', 'detlearn.engine.loggers', 'pytest',
+                                'torch._dynamo'])
     torn, kills, rng = 0, 0, random.Random(0)
     while kills < 20:
         (tmp_path/'begun').unlink(missing_ok=True)
-        p = ctx.Process(target=run_child, args=(LIFE, [str(tmp_path), str(Path(__file__).parent)], {}, str(tmp_path/'out')), daemon=True); p.start()
-        wanted = rng.randint(1, 3)                                                     # iterations begun, so that lives get somewhere on a busy machine
-        while p.is_alive() and not ((tmp_path/'begun').exists() and (tmp_path/'begun').stat().st_size >= wanted): time.sleep(.001)
+        p = ctx.Process(target=run_child, args=(LIFE, [str(tmp_path), str(Path(__file__).parent)], {},
+                                                str(tmp_path/'out')), daemon=True)
+        p.start()
+        # iterations begun, so that lives get somewhere on a busy machine
+        wanted = rng.randint(1, 3)
+        while p.is_alive() and not ((tmp_path/'begun').exists() and (tmp_path/'begun').stat().st_size
+                                    >= wanted):
+            time.sleep(.001)
         time.sleep(rng.uniform(0, .02))
         if p.is_alive(): p.kill(); kills += 1
         p.join()
         assert p.exitcode in (-9, 0), (tmp_path/'out').read_text()
         torn += any(f.name.endswith('.tmp') for f in tmp_path.iterdir())
         with warnings.catch_warnings():
-            warnings.simplefilter('error'); newest = find_latest(tmp_path)         # no file is damaged: cut ones never get a name
+            # no file is damaged: cut ones never get a name
+            warnings.simplefilter('error'); newest = find_latest(tmp_path)
         if p.exitcode == 0 or (newest and read_file(newest)['meta']['iter'] == 20):
-            if kills < 20: [f.unlink() for f in tmp_path.glob('*.pth')]                # finished too early: begin anew, the deaths go on
+            # finished too early: begin anew, the deaths go on
+            if kills < 20: [f.unlink() for f in tmp_path.glob('*.pth')]
     assert find_latest(tmp_path), 'no life has saved anything: the kills came too early'
     run = make(tmp_path, net=Heavy(3)); torch.manual_seed(1); run.resume('auto'); run.run(toy_loader())
     assert run.iter == 20 and same(run.model, straight.model)
@@ -125,7 +147,8 @@ def test_twenty_kills_at_random_moments(tmp_path, straight):
 def test_a_cut_checkpoint_is_named_and_passed_over(tmp_path):
     run = make(tmp_path, 1); torch.manual_seed(1); run.run(toy_loader())
     data = (tmp_path/'iter_4.pth').read_bytes(); (tmp_path/'iter_4.pth').write_bytes(data[:len(data)//2])
-    with pytest.warns(UserWarning, match='iter_4.pth is passed over'): assert find_latest(tmp_path).name == 'iter_3.pth'
+    with pytest.warns(UserWarning, match='iter_4.pth is passed over'):
+        assert find_latest(tmp_path).name == 'iter_3.pth'
     with pytest.warns(UserWarning, match='iter_4.pth is passed over'): run.resume('auto')
     assert run.iter == 3
 
@@ -133,7 +156,8 @@ def test_a_cut_checkpoint_is_named_and_passed_over(tmp_path):
 def test_a_full_disk(tmp_path, straight):
     "A disk of two megabytes: the message says so, the last file is whole, and the run goes on elsewhere."
     disk = tmp_path/'disk'; disk.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=10m', 'tmpfs', str(disk)], capture_output=True, text=True)
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=10m', 'tmpfs', str(disk)],
+                          capture_output=True, text=True)
     if done.returncode: pytest.skip(f'no right to mount a small disk: {done.stderr.strip()}')
     try:
         run = make(disk); torch.manual_seed(1)
@@ -142,7 +166,8 @@ def test_a_full_disk(tmp_path, straight):
         assert 'The last whole checkpoint is' in str(e.value) and 'go on elsewhere' in str(e.value)
         with warnings.catch_warnings(): warnings.simplefilter('error'); last = find_latest(disk)
         assert last is not None and not [f for f in disk.iterdir() if f.name.endswith('.tmp')]
-        on = make(tmp_path/'elsewhere', net=Heavy(4)); torch.manual_seed(5); on.resume(last); on.run(toy_loader())
+        on = make(tmp_path/'elsewhere', net=Heavy(4)); torch.manual_seed(5); on.resume(last)
+        on.run(toy_loader())
         assert same(on.model, straight.model)
     finally: subprocess.run(['umount', '-l', str(disk)])
 
@@ -189,7 +214,8 @@ if world > 1: torch.distributed.destroy_process_group()      # its threads end b
 
 
 def outcome(folder):
-    logs = [read_log(p) for p in sorted(Path(folder).glob('*.log.json'), key=lambda p: p.stat().st_mtime)]
+    logs = [read_log(p)
+            for p in sorted(Path(folder).glob('*.log.json'), key=lambda p: p.stat().st_mtime)]
     losses = [r['loss'] for log in logs for r in log if r.get('mode') == 'train']
     return losses, torch.load(Path(folder)/'iter_21.pth', weights_only=True)['state_dict']
 
@@ -197,12 +223,14 @@ def outcome(folder):
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp('one')
-    subprocess.run([sys.executable, '-c', TRAIN, str(folder), '6', 'live'], check=True, env={k: v for k, v in os.environ.items() if k != 'RANK'})
+    subprocess.run([sys.executable, '-c', TRAIN, str(folder), '6', 'live'], check=True,
+                   env={k: v for k, v in os.environ.items() if k != 'RANK'})
     return outcome(folder)
 
 
 def close(a, b):
-    assert len(a[0]) == len(b[0]) == 21                                            # 7 epochs of batches of 6, 6, 3
+    # 7 epochs of batches of 6, 6, 3
+    assert len(a[0]) == len(b[0]) == 21
     assert max(abs(x-y)/max(abs(x), 1) for x, y in zip(a[0], b[0])) < 1e-6
     assert max((x-y).abs().max().item() for x, y in zip(a[1].values(), b[1].values())) < 1e-5
 
@@ -248,7 +276,8 @@ if world > 1: torch.distributed.destroy_process_group()
 @pytest.mark.parametrize('kind', ['normaliser', 'plain'])
 def test_processes_accumulate_as_one(tmp_path, kind, whole):
     "Ten iterations, three a step, so the last batch is of one piece; and the same taken up in the middle of a batch, where each process has gradients of its own."
-    run = lambda world, name, resume='-': (launch(world, PIECES, tmp_path/name, kind, whole, world, resume), torch.load(tmp_path/name/'end.pt'))[1]
+    run = lambda world, name, resume='-': (launch(world, PIECES, tmp_path/name, kind, whole, world,
+                                                  resume), torch.load(tmp_path/name/'end.pt'))[1]
     one, two = run(1, 'one'), run(2, 'two')
     assert (one-two).abs().max() < 1e-6
     for at in (4, 5, 6): assert torch.equal(run(2, f'back{at}', tmp_path/'two'/f'iter_{at}.pth'), two)
@@ -280,18 +309,22 @@ def test_a_nan_in_one_of_two_processes(tmp_path):
     "Losses share a normaliser, so a process that traced alone would wait for ever for the other."
     healthy, sick = launch(2, SICK, tmp_path, timeout=60)
     assert 'not finite in another process' in healthy
-    assert 'the loss of iteration 3 is not finite. first not finite: input of a (Linear)' in sick and 'Images 8.jpg' in sick and 'nan_iter_3_process_1.pth' in sick
+    assert ('the loss of iteration 3 is not finite. first not finite: input of a (Linear)' in sick
+            and 'Images 8.jpg' in sick and 'nan_iter_3_process_1.pth' in sick)
     assert [f.name for f in tmp_path.glob('nan_*')] == ['nan_iter_3_process_1.pth']
 
 
 def test_torchrun_restarts_a_killed_process(tmp_path, one):
     script = tmp_path/'train.py'; script.write_text(TRAIN); folder = tmp_path/'run'; folder.mkdir()
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--max-restarts', '2', '--monitor-interval', '0.1',
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--max-restarts',
+               '2', '--monitor-interval', '0.1',
                '--master-port', str(free_port()), str(script), str(folder), '6', 'die']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110,
+                          env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder/'died').exists()
-    assert max((x-y).abs().max().item() for x, y in zip(outcome(folder)[1].values(), one[1].values())) < 1e-5
+    assert max((x-y).abs().max().item()
+               for x, y in zip(outcome(folder)[1].values(), one[1].values())) < 1e-5
 
 
 def test_two_hosts_in_namespaces(tmp_path, one):
@@ -302,14 +335,19 @@ def test_two_hosts_in_namespaces(tmp_path, one):
     made = ip('netns', 'add', a)
     if made.returncode: pytest.skip(f'no right to make network namespaces: {made.stderr.strip()}')
     try:
-        ip('netns', 'add', b); cable = ip('link', 'add', f'{tag}x', 'type', 'veth', 'peer', 'name', f'{tag}y')
+        ip('netns', 'add', b)
+        cable = ip('link', 'add', f'{tag}x', 'type', 'veth', 'peer', 'name', f'{tag}y')
         if cable.returncode: pytest.skip(f'no right to join network namespaces: {cable.stderr.strip()}')
         for end, host, address in ((f'{tag}x', a, '10.213.7.1/24'), (f'{tag}y', b, '10.213.7.2/24')):
             ip('link', 'set', end, 'netns', host); ip('-n', host, 'addr', 'add', address, 'dev', end)
             ip('-n', host, 'link', 'set', end, 'up'); ip('-n', host, 'link', 'set', 'lo', 'up')
-        common = dict(os.environ, MASTER_ADDR='10.213.7.1', MASTER_PORT='29513', WORLD_SIZE='2', LOCAL_RANK='0', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-        hosts = [subprocess.Popen(['ip', 'netns', 'exec', h, sys.executable, '-c', TRAIN, str(tmp_path), '6', 'live'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  env=dict(common, RANK=str(r), GLOO_SOCKET_IFNAME=e)) for r, (h, e) in enumerate(((a, f'{tag}x'), (b, f'{tag}y')))]
+        common = dict(os.environ, MASTER_ADDR='10.213.7.1', MASTER_PORT='29513', WORLD_SIZE='2',
+                      LOCAL_RANK='0', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
+        hosts = [subprocess.Popen(['ip', 'netns', 'exec', h, sys.executable, '-c', TRAIN, str(tmp_path),
+                                   '6', 'live'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True,
+                                  env=dict(common, RANK=str(r), GLOO_SOCKET_IFNAME=e))
+                                  for r, (h, e) in enumerate(((a, f'{tag}x'), (b, f'{tag}y')))]
         try: said = [p.communicate(timeout=100)[0] for p in hosts]
         finally: [p.kill() for p in hosts]
         assert [p.returncode for p in hosts] == [0, 0], said
@@ -324,8 +362,15 @@ def test_the_engine_costs_at_most_five_percent():
     "Paired: the loop by hand and the whole engine take turns on a detector of toy shapes; CPU seconds of this process."
     from detlearn.core.shapes import ToyShapes
     from detlearn.detectors.build import build_detector
-    cfg = dict(type='RetinaNet', backbone=dict(type='ResNet', depth=18, base_channels=16, norm_eval=False, num_stages=4, out_indices=(1, 2, 3)), neck=dict(type='FPN', in_channels=[32, 64, 128], out_channels=32, num_outs=3),
-               bbox_head=dict(type='RetinaHead', num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1, anchor_generator=dict(type='AnchorGenerator', strides=[8, 16, 32], ratios=[1.], octave_base_scale=2, scales_per_octave=2),
+    cfg = dict(type='RetinaNet',
+               backbone=dict(type='ResNet', depth=18, base_channels=16, norm_eval=False, num_stages=4,
+                             out_indices=(1, 2, 3)), neck=dict(type='FPN', in_channels=[32, 64, 128],
+                                                               out_channels=32, num_outs=3),
+               bbox_head=dict(type='RetinaHead', num_classes=3, in_channels=32, feat_channels=32,
+                              stacked_convs=1,
+                              anchor_generator=dict(type='AnchorGenerator', strides=[8, 16, 32],
+                                                    ratios=[1.], octave_base_scale=2,
+                                                    scales_per_octave=2),
                               loss_cls=dict(type='FocalLoss'), loss_bbox=dict(type='L1Loss')))
     loader = ShapeLoader(ToyShapes(16, 96, sizes=(16, 40)), 8); torch.set_num_threads(1)
     class Clock(Hook):
@@ -334,11 +379,18 @@ def test_the_engine_costs_at_most_five_percent():
         def before_train_iter(self, runner): self.t.append(time.process_time())
     def by_hand(n=4):
         torch.manual_seed(0); net, t = build_detector(cfg), []
-        fit(net, loader, torch.optim.SGD(net.parameters(), .01), n, lambda s, k: .01, 35., lambda *a: t.append(time.process_time())); return t
+        fit(net, loader, torch.optim.SGD(net.parameters(), .01), n, lambda s, k: .01, 35.,
+            lambda *a: t.append(time.process_time()))
+        return t
     def engine(n=4):
-        torch.manual_seed(0); net = build_detector(cfg); run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .01), None, dict(CLASSES=('a', 'b', 'c')), n, logger=lambda text: None)
-        run.register_training_hooks(LR, dict(grad_clip=dict(max_norm=35.)), dict(interval=-1, save_last=False), dict(interval=50, hooks=[dict(type='TextLoggerHook')]),
-                                    custom_hooks_config=[dict(type='CheckInvalidLossHook'), clock := Clock()])
+        torch.manual_seed(0); net = build_detector(cfg)
+        run = EpochBasedRunner(net, torch.optim.SGD(net.parameters(), .01), None,
+                               dict(CLASSES=('a', 'b', 'c')), n, logger=lambda text: None)
+        run.register_training_hooks(LR, dict(grad_clip=dict(max_norm=35.)),
+                                    dict(interval=-1, save_last=False),
+                                    dict(interval=50, hooks=[dict(type='TextLoggerHook')]),
+                                    custom_hooks_config=[dict(type='CheckInvalidLossHook'),
+                                                         clock := Clock()])
         run.run([loader]); return clock.t
     gaps = lambda t: [b-a for a, b in zip(t[2:], t[3:])]
     ratios = []

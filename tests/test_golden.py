@@ -41,8 +41,10 @@ def difference(got, want, where='', exact=False):
     elif isinstance(want, (list, tuple)):
         if len(got) != len(want): return f'{where}: {len(got)} entries for {len(want)}'
         pairs = [(f'{where}[{i}]', g, w) for i, (g, w) in enumerate(zip(got, want))]
-    elif isinstance(want, (torch.Tensor, np.ndarray)): return of_tensors(torch.as_tensor(got).detach(), torch.as_tensor(want), where, exact)
-    elif isinstance(want, float): return None if abs(float(got) - want) <= 1e-5 + 1e-4*abs(want) else f'{where}: {got} for {want}'
+    elif isinstance(want, (torch.Tensor, np.ndarray)):
+        return of_tensors(torch.as_tensor(got).detach(), torch.as_tensor(want), where, exact)
+    elif isinstance(want, float):
+        return None if abs(float(got) - want) <= 1e-5 + 1e-4*abs(want) else f'{where}: {got} for {want}'
     else: return None if got == want else f'{where}: {got!r} for {want!r}'
     return next((text for at, g, w in pairs if (text := difference(g, w, at, exact))), None)
 
@@ -52,7 +54,8 @@ def of_tensors(got, want, where, exact):
     if got.shape != want.shape: return f'{where}: shape {tuple(got.shape)} for {tuple(want.shape)}'
     got = got.to(want.dtype)
     if exact or not want.is_floating_point():
-        return None if torch.equal(got, want) else f'{where}: {int((got != want).sum())} of {want.numel()} differ'
+        return (None if torch.equal(got, want)
+                else f'{where}: {int((got != want).sum())} of {want.numel()} differ')
     if torch.allclose(got, want, rtol=1e-4, atol=1e-5, equal_nan=True): return None
     return f'{where}: off by up to {float((got - want).abs().max()):.3g}'
 
@@ -61,7 +64,8 @@ def tensors_of(x):
     "All tensors of a nested result."
     if isinstance(x, torch.Tensor): return [x]
     x = x.values() if isinstance(x, dict) else x
-    return [t for v in x for t in tensors_of(v)] if isinstance(x, (list, tuple, type({}.values()))) else []
+    return ([t for v in x for t in tensors_of(v)] if isinstance(x, (list, tuple, type({}.values())))
+            else [])
 
 
 def call_of(group, case, tensors):
@@ -69,7 +73,8 @@ def call_of(group, case, tensors):
     if case['call'] is None: return ours.function(group, case['type'])
     part = ours.build(group, dict(type=case['type'], **read(case.get('kwargs', {}), tensors)))
     for name, value in read(case.get('state', {}), tensors).items():
-        getattr(part, name).copy_(value) if isinstance(value, torch.Tensor) else setattr(part, name, value)
+        (getattr(part, name).copy_(value) if isinstance(value, torch.Tensor)
+         else setattr(part, name, value))
     return part if case['call'] == '__call__' else getattr(part, case['call'])
 
 
@@ -83,7 +88,9 @@ def compute(group, case, tensors):
     value = call_of(group, case, tensors)(**args)
     if not names: return value
     total = sum(t.sum() for t in tensors_of(value))
-    return dict(value=value, grad=dict(zip(names, torch.autograd.grad(total, [args[n] for n in names], allow_unused=True))))
+    return dict(value=value,
+                grad=dict(zip(names,
+                              torch.autograd.grad(total, [args[n] for n in names], allow_unused=True))))
 
 
 def load(folder):
@@ -100,23 +107,27 @@ HERE = [c for c in CASES if ours.there(c[0], c[2])]
 
 
 def as_param(group, tensors, case):
-    mark = pytest.mark.xfail(strict=False, reason='hangs on an exact tie of float32 values') if case.get('fragile') else ()
+    mark = (pytest.mark.xfail(strict=False, reason='hangs on an exact tie of float32 values')
+            if case.get('fragile') else ())
     return pytest.param(group, tensors, case, id=f"{group}-{case['id']}", marks=mark)
 
 
 @pytest.mark.parametrize('group,tensors,case', [as_param(*c) for c in HERE])
 def test_golden(group, tensors, case):
     odd = ours.calls(group).DIFFERS.get(case['type'])
-    if odd and len(read(case['args'], tensors)['gt_bboxes']): return both_numbers(odd[1], group, case, tensors)
+    if odd and len(read(case['args'], tensors)['gt_bboxes']):
+        return both_numbers(odd[1], group, case, tensors)
     if 'raises' in case: return refused(group, case, tensors)
-    text = difference(compute(group, case, tensors), read(case['out'], tensors), exact=case['type'] in EXACT)
+    text = difference(compute(group, case, tensors), read(case['out'], tensors),
+                      exact=case['type'] in EXACT)
     assert text is None, text
 
 
 def both_numbers(test, group, case, tensors):
     "Where the reference is plainly broken, ours is what it means, and its own number is known, too."
     part = ours.build(group, dict(type=case['type'], **read(case['kwargs'], tensors)))
-    test(getattr(part, 'part', part), read(case['args'], tensors), None if 'raises' in case else read(case['out'], tensors))
+    test(getattr(part, 'part', part), read(case['args'], tensors),
+         None if 'raises' in case else read(case['out'], tensors))
 
 
 def refused(group, case, tensors):
@@ -131,14 +142,18 @@ def refused(group, case, tensors):
 def test_the_folder_holds_cases(capsys):
     "A wrong path must not pass as nothing to do; types to come are counted."
     assert HERE, f'no case for any of our types in {FOLDER}'
-    missing = collections.Counter(case['type'] for group, _, case in CASES if not ours.there(group, case))
+    missing = collections.Counter(case['type'] for group, _, case in CASES
+                                  if not ours.there(group, case))
     with capsys.disabled():
-        print(f"\ngolden: {len(HERE)} of {len(CASES)} cases run; {sum(missing.values())} wait for {len(missing)} types: {', '.join(sorted(missing))}")
+        print(f"\ngolden: {len(HERE)} of {len(CASES)} cases run; {sum(missing.values())} wait for "
+              f"{len(missing)} types: {', '.join(sorted(missing))}")
 
 
 def test_a_wrong_number_is_found():
     one = torch.ones(3)
-    assert difference(dict(a=[one]), dict(a=[one + 5e-5])) is None                       # within the tolerance
-    for got, want in ((one, one + 1e-2), (one[:2], one), (one.int(), one.int() + 1), ([one], [one, one]), (3, 4), (.5, .6), (None, 1)):
+    # within the tolerance
+    assert difference(dict(a=[one]), dict(a=[one + 5e-5])) is None
+    for got, want in ((one, one + 1e-2), (one[:2], one), (one.int(), one.int() + 1), ([one], [one, one]),
+                      (3, 4), (.5, .6), (None, 1)):
         assert difference(dict(a=got), dict(a=want)).startswith('.a')
     assert difference(one, one + 1e-6, exact=True)

@@ -40,7 +40,9 @@ def fill(model, seed=0):
     return model
 
 
-def picture(spec): return torch.from_numpy(np.random.RandomState(spec['seed']).standard_normal(tuple(spec['shape'])).astype(np.float32))
+def picture(spec):
+    return torch.from_numpy(
+        np.random.RandomState(spec['seed']).standard_normal(tuple(spec['shape'])).astype(np.float32))
 
 
 def calm(model):
@@ -54,7 +56,9 @@ def calm(model):
 
 def settings(x):
     "JSON to a config."
-    if isinstance(x, dict): return tuple(map(settings, x['$tuple'])) if '$tuple' in x else {k: settings(v) for k, v in x.items()}
+    if isinstance(x, dict):
+        return (tuple(map(settings, x['$tuple'])) if '$tuple' in x
+                else {k: settings(v) for k, v in x.items()})
     return list(map(settings, x)) if isinstance(x, list) else x
 
 
@@ -62,7 +66,8 @@ def leaves(x, path=''):
     "Every tensor of a nested result by its path."
     if isinstance(x, torch.Tensor): return {path: x.detach()}
     pairs = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
-    return {k: t for name, v in pairs for k, t in leaves(v, f'{path}.{name}' if path else str(name)).items()}
+    return {k: t for name, v in pairs
+            for k, t in leaves(v, f'{path}.{name}' if path else str(name)).items()}
 
 
 def sampled(t):
@@ -75,17 +80,23 @@ def same_tensors(got, want, store):
     found = leaves(got)
     for path, w in want.items():
         assert path in found, f'{path} is missing'
-        assert list(found[path].shape) == w['shape'], f'{path} has shape {list(found[path].shape)} for {w["shape"]}'
+        assert (list(found[path].shape)
+                == w['shape']), f'{path} has shape {list(found[path].shape)} for {w["shape"]}'
         a, b = sampled(found[path]), store[w['t']].double()
         if not b.numel(): continue
         off = float((a - b).abs().nan_to_num(0.).max()/max(1e-3, float(b.abs().max())))
-        assert off <= TOL and torch.equal(a.isnan(), b.isnan()), f'{path} is off by {off:.2g} of its largest value'
+        assert (off <= TOL
+                and torch.equal(a.isnan(),
+                                b.isnan())), f'{path} is off by {off:.2g} of its largest value'
 
 
 def same_numbers(got, want, tol=TOL):
     for k, w in want.items():
         assert k in got, f'{k} is missing; there is {sorted(got)}'
-        assert (got[k] is None) == (w is None) and (w is None or np.shape(got[k]) == np.shape(w) and np.allclose(got[k], w, rtol=tol, atol=tol, equal_nan=True)), f'{k}: {got[k]} for {w}'
+        assert ((got[k] is None) == (w is None)
+                and (w is None or np.shape(got[k]) == np.shape(w)
+                     and np.allclose(got[k], w, rtol=tol, atol=tol,
+                                     equal_nan=True))), f'{k}: {got[k]} for {w}'
 
 
 def given(model, kind, xs):
@@ -102,7 +113,8 @@ def train_net(model, kind, xs):
     loss = sum((t**2).mean() for t in live(model(*given(model, kind, leaf))))
     loss.backward()
     norms = [None if x.grad is None else float(x.grad.norm()) for x in leaf]
-    return dict(loss=float(loss.detach()), input_grad_norm=norms), [n for n, p in model.named_parameters() if not p.requires_grad]
+    return dict(loss=float(loss.detach()),
+                input_grad_norm=norms), [n for n, p in model.named_parameters() if not p.requires_grad]
 
 
 def live(x): return [x] if isinstance(x, torch.Tensor) else [t for v in x for t in live(v)]
@@ -115,17 +127,22 @@ def check_part(model, case, store, xs):
     if not want: return
     numbers, frozen = train_net(model, case['kind'], xs)
     same_numbers(dict(loss=numbers['loss']), dict(loss=want['loss']))
-    for i, (g, w) in enumerate(zip(numbers['input_grad_norm'], want['input_grad_norm'])): same_numbers({f'gradient of input {i}': g}, {f'gradient of input {i}': w}, 1e-2)
+    for i, (g, w) in enumerate(zip(numbers['input_grad_norm'], want['input_grad_norm'])):
+        same_numbers({f'gradient of input {i}': g}, {f'gradient of input {i}': w}, 1e-2)
     assert frozen == want['frozen'], 'frozen parameters differ'
 
 
 def objects(size):
     "Boxes and labels of two images, as shares of the size."
-    shares = [[[.1, .1, .5, .6], [.45, .3, .95, .9], [.2, .55, .45, .85]], [[.05, .2, .6, .75], [.55, .1, .8, .35]]]
-    return [torch.tensor(s)*torch.tensor([*size[::-1], *size[::-1]]) for s in shares], [torch.tensor([1, 3, 0]), torch.tensor([2, 1])]
+    shares = [[[.1, .1, .5, .6], [.45, .3, .95, .9], [.2, .55, .45, .85]],
+              [[.05, .2, .6, .75], [.55, .1, .8, .35]]]
+    return [torch.tensor(s)*torch.tensor([*size[::-1], *size[::-1]])
+            for s in shares], [torch.tensor([1, 3, 0]), torch.tensor([2, 1])]
 
 
-def metas(size, n): return [dict(img_shape=(*size, 3), ori_shape=(*size, 3), pad_shape=(*size, 3), batch_input_shape=size, scale_factor=np.ones(4, np.float32), flip=False)]*n
+def metas(size, n):
+    return [dict(img_shape=(*size, 3), ori_shape=(*size, 3), pad_shape=(*size, 3),
+                 batch_input_shape=size, scale_factor=np.ones(4, np.float32), flip=False)]*n
 
 
 def train_detector(model, image, size):
@@ -133,21 +150,27 @@ def train_detector(model, image, size):
     model.train()
     torch.manual_seed(0); np.random.seed(0)
     boxes, labels = objects(size)
-    given = dict(gt_bboxes=boxes) if type(model).__name__ == 'RPN' else dict(gt_bboxes=boxes, gt_labels=labels)
+    given = (dict(gt_bboxes=boxes) if type(model).__name__ == 'RPN'
+             else dict(gt_bboxes=boxes, gt_labels=labels))
     losses = model.forward_train(image.clone(), metas(size, 2), **given)
     mean = lambda v: sum(x.mean() for x in v) if isinstance(v, (list, tuple)) else v.mean()
     sum(mean(v) for k, v in losses.items() if 'loss' in k).backward()
     number = lambda x: float(x.detach().sum())
     norm = lambda ps: float(sum((p.grad.double()**2).sum() for p in ps)**.5) if ps else None
-    return ({k: [number(x) for x in v] if isinstance(v, (list, tuple)) else number(v) for k, v in losses.items()},
-            {n: norm([p for p in c.parameters() if p.grad is not None]) for n, c in model.named_children()})
+    return ({k: [number(x) for x in v] if isinstance(v, (list, tuple)) else number(v)
+             for k, v in losses.items()},
+            {n: norm([p for p in c.parameters() if p.grad is not None])
+             for n, c in model.named_children()})
 
 
 def same_detections(got, want, store, size):
     "As sets: a near tie of scores may change the order, or one suppression."
-    def table(dets, labels): return torch.cat([dets[:, :4].double()/max(size), dets[:, 4:].double(), 10.*labels[:, None].double()], 1)
+    def table(dets, labels):
+        return torch.cat([dets[:, :4].double()/max(size), dets[:, 4:].double(),
+                          10.*labels[:, None].double()], 1)
     ref = table(*(store[want[k]['t']].reshape(want[k]['shape']) for k in ('0.dets', '0.labels')))
-    mine = table(torch.cat([torch.from_numpy(b) for b in got]), torch.tensor([i for i, b in enumerate(got) for _ in b]))
+    mine = table(torch.cat([torch.from_numpy(b) for b in got]),
+                 torch.tensor([i for i, b in enumerate(got) for _ in b]))
     assert abs(len(ref) - len(mine)) <= .03*len(ref) + 1, f'{len(mine)} detections for {len(ref)}'
     if len(ref) and len(mine):
         lost = int((torch.cdist(ref, mine, p=float('inf')).min(1).values > 5*TOL).sum())
@@ -161,15 +184,20 @@ def check_detector(model, case, store, xs):
         feats = model.extract_feat(image)
         raw = dict(feats=feats)
         for name in ('rpn_head', 'bbox_head', 'mask_head'):
-            if any(k.startswith(f'{name}.') for k in case['out']): raw[name] = getattr(model, name)(feats)
+            if any(k.startswith(f'{name}.') for k in case['out']):
+                raw[name] = getattr(model, name)(feats)
         same_tensors(raw, case['out'], store)
     if 'train' in case:
         losses, norms = train_detector(model, image, size)
         sure = {k: v for k, v in case['train']['losses'].items() if case['train']['det'][k]}
         same_numbers(losses, sure)
-        if len(sure) == len(case['train']['det']): same_numbers(norms, {k: v for k, v in case['train']['grad_norm'].items() if case['train']['grad_det'][k]}, 10*TOL)
+        if len(sure) == len(case['train']['det']):
+            same_numbers(norms, {k: v for k, v in case['train']['grad_norm'].items()
+                                 if case['train']['grad_det'][k]}, 10*TOL)
     if '0.dets' in case.get('test', {}):
-        with torch.no_grad(): same_detections(model.simple_test(image[:1], metas(size, 1), rescale=True)[0], case['test'], store, size)
+        with torch.no_grad():
+            same_detections(model.simple_test(image[:1], metas(size, 1), rescale=True)[0], case['test'],
+                            store, size)
 
 
 def load(folder):
@@ -198,7 +226,9 @@ def test_model(case, store):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = ours.build(case['kind'], settings(case['config']))
-    have, want = ({(k, tuple(s)) for k, s in pairs} for pairs in ([(k, v.shape) for k, v in model.state_dict().items()], case['state']))
+    have, want = ({(k, tuple(s)) for k, s in pairs}
+                  for pairs in ([(k, v.shape) for k, v in model.state_dict().items()], case['state']))
     assert have == want, f'{len(want - have)} missing {sorted(want - have)[:3]}, {len(have - want)} extra {sorted(have - want)[:3]}'
     fill(model, case['seed'])
-    (check_detector if case['kind'] == 'detector' else check_part)(model, case, store, [picture(i) for i in case['inputs']])
+    (check_detector if case['kind'] == 'detector' else check_part)(model, case, store,
+                                                                   [picture(i) for i in case['inputs']])

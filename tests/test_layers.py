@@ -22,7 +22,8 @@ for module in INDEX['syms']:
 N = 16                                                  # channels
 IMAGE, ROWS = ((2, N, 8, 12),), ((10, 2, N), (6, 2, N))  # a map; tokens that ask, tokens that are asked
 attn = dict(type='MultiheadAttention', embed_dims=N, num_heads=2)
-points = dict(type='MultiScaleDeformableAttention', embed_dims=N, num_heads=2, num_levels=2, num_points=2, dropout=0.)
+points = dict(type='MultiScaleDeformableAttention', embed_dims=N, num_heads=2, num_levels=2,
+              num_points=2, dropout=0.)
 ffn = dict(embed_dims=N, feedforward_channels=24)
 encoder = dict(attn_cfgs=attn, ffn_cfgs=ffn, operation_order=('self_attn', 'norm', 'ffn', 'norm'))
 decoder = dict(type='DetrTransformerDecoderLayer', attn_cfgs=attn, ffn_cfgs=ffn, feedforward_channels=24,
@@ -44,48 +45,78 @@ def whole(net, x, ask): return net(x, x[:, 0] > 9, ask, x)
 def deformable(net, a, b, ask): return net([a, b], [a[:, 0] > 9, b[:, 0] > 9], ask, [a, b])[0]
 
 
-def walk(net, q, v, ref): return net(q, None, v, reference_points=ref.sigmoid(), valid_ratios=torch.ones_like(ref[:, :2, :2]), spatial_shapes=LEVELS)[0]
+def walk(net, q, v, ref):
+    return net(q, None, v, reference_points=ref.sigmoid(), valid_ratios=torch.ones_like(ref[:, :2, :2]),
+               spatial_shapes=LEVELS)[0]
 
 
-# registry: type: settings, and how it is called where one map does not do; 1-d and 3-d layers have maps of their own
+# registry: type: settings, and how it is called where one
+# map does not do; 1-d and 3-d layers have maps of their own
 line, cube = call(lambda net, x: net(x), (2, N, 9)), call(lambda net, x: net(x), (2, N, 4, 5, 6))
 conv = lambda **kw: dict(in_channels=N, out_channels=8, kernel_size=3, padding=1, **kw)
 LAYERS = {
-    'conv layer': {'*': (conv(), {}), 'Conv1d': (conv(), line), 'Conv3d': (conv(), cube), 'deconv3d': (conv(), cube), 'ConvTranspose3d': (conv(), cube),
+    'conv layer': {'*': (conv(), {}), 'Conv1d': (conv(), line), 'Conv3d': (conv(), cube),
+                   'deconv3d': (conv(), cube), 'ConvTranspose3d': (conv(), cube),
                    'SAC': (conv(use_deform=True, bias=False), {}), 'DCN': (conv(deform_groups=2), {})},
-    'norm layer': {'*': ({}, {}), 'GN': (dict(num_groups=4), {}), 'BN1d': ({}, line), 'IN1d': ({}, line), 'BN3d': ({}, cube), 'IN3d': ({}, cube),
+    'norm layer': {'*': ({}, {}), 'GN': (dict(num_groups=4), {}), 'BN1d': ({}, line), 'IN1d': ({}, line),
+                   'BN3d': ({}, cube), 'IN3d': ({}, cube),
                    'LN': ({}, call(lambda net, x: net(x), (10, 2, N)))},
     'activation layer': {'*': ({}, {})}, 'padding layer': {'*': (dict(padding=2), {})},
     'linear layer': {'*': (dict(in_features=N, out_features=8), call(lambda net, x: net(x), (10, N)))},
-    'upsample layer': {'nearest': (dict(scale_factor=2), {}), 'bilinear': (dict(scale_factor=2, align_corners=False), {}),
-                       'deconv': (dict(in_channels=N, out_channels=8, kernel_size=4, stride=2, padding=1), {}),
-                       'deconv3d': (dict(in_channels=N, out_channels=8, kernel_size=4, stride=2, padding=1), cube),
-                       'pixel_shuffle': (dict(in_channels=N, out_channels=8, scale_factor=2, upsample_kernel=3), {}),
+    'upsample layer': {'nearest': (dict(scale_factor=2), {}),
+                       'bilinear': (dict(scale_factor=2, align_corners=False), {}),
+                       'deconv': (dict(in_channels=N, out_channels=8, kernel_size=4, stride=2,
+                                       padding=1), {}),
+                       'deconv3d': (dict(in_channels=N, out_channels=8, kernel_size=4, stride=2,
+                                         padding=1), cube),
+                       'pixel_shuffle': (dict(in_channels=N, out_channels=8, scale_factor=2,
+                                              upsample_kernel=3), {}),
                        'carafe': (dict(channels=N, scale_factor=2), {})},
     'dropout layer': {'*': (dict(drop_prob=.3), {})},
-    'attention': {'MultiheadAttention': (dict(embed_dims=N, num_heads=2), call(lambda net, q, k: net(q, k, query_pos=q), *ROWS, batch=1)),
-                  'MultiScaleDeformableAttention': ({k: v for k, v in points.items() if k != 'type'}, call(look, (10, 2, N), (16, 2, N), (2, 10, 2, 2), batch=(1, 1, 0)))},
+    'attention': {'MultiheadAttention': (dict(embed_dims=N, num_heads=2),
+                                         call(lambda net, q, k: net(q, k, query_pos=q), *ROWS, batch=1)),
+                  'MultiScaleDeformableAttention': ({k: v for k, v in points.items() if k != 'type'},
+                                                    call(look, (10, 2, N), (16, 2, N), (2, 10, 2, 2),
+                                                         batch=(1, 1, 0)))},
     'feedforward network': {'FFN': (ffn, call(lambda net, x: net(x), (10, 2, N), batch=1))},
-    'positional encoding': {'*': (dict(num_feats=8), call(lambda net, x: net(x[:, 0] > 1), (2, 3, 5, 7)))},
-    'transformer layer': {'BaseTransformerLayer': (encoder, call(lambda net, q: net(q), (10, 2, N), batch=1)),
-                          'DetrTransformerDecoderLayer': ({k: v for k, v in decoder.items() if k != 'type'}, call(lambda net, q, k: net(q, k, k), *ROWS, batch=1))},
+    'positional encoding': {'*': (dict(num_feats=8),
+                                  call(lambda net, x: net(x[:, 0] > 1), (2, 3, 5, 7)))},
+    'transformer layer': {'BaseTransformerLayer': (encoder,
+                                                   call(lambda net, q: net(q), (10, 2, N), batch=1)),
+                          'DetrTransformerDecoderLayer': (
+    {k: v for k, v in decoder.items() if k != 'type'},
+    call(lambda net, q, k: net(q, k, k), *ROWS, batch=1))},
     'transformer layer sequence': {
-        'TransformerLayerSequence': (stack(None, encoder), call(lambda net, q: net(q, None, None), (10, 2, N), batch=1)),
-        'DetrTransformerEncoder': (stack(None, {**encoder, 'operation_order': ('norm', 'self_attn', 'norm', 'ffn')}), call(lambda net, q: net(q, None, None), (10, 2, N), batch=1)),
-        'DetrTransformerDecoder': (stack(None, decoder, return_intermediate=True), call(lambda net, q, k: net(q, k, k), *ROWS, batch=1, out=2)),
-        'DeformableDetrTransformerDecoder': (stack(None, pointed, return_intermediate=True), call(walk, (10, 2, N), (16, 2, N), (2, 10, 2), batch=(1, 1, 0), out=2))},
+        'TransformerLayerSequence': (stack(None, encoder),
+                                     call(lambda net, q: net(q, None, None), (10, 2, N), batch=1)),
+        'DetrTransformerEncoder': (stack(None,
+                                         {**encoder,
+                                          'operation_order': ('norm', 'self_attn', 'norm', 'ffn')}),
+                                          call(lambda net, q: net(q, None, None), (10, 2, N), batch=1)),
+        'DetrTransformerDecoder': (stack(None, decoder, return_intermediate=True),
+                                   call(lambda net, q, k: net(q, k, k), *ROWS, batch=1, out=2)),
+        'DeformableDetrTransformerDecoder': (stack(None, pointed, return_intermediate=True),
+                                             call(walk, (10, 2, N), (16, 2, N), (2, 10, 2),
+                                                  batch=(1, 1, 0), out=2))},
     'transformer': {
-        'Transformer': (dict(encoder=stack('DetrTransformerEncoder', encoder), decoder=stack('DetrTransformerDecoder', decoder, return_intermediate=True)),
-                        call(lambda net, x, ask: whole(net, x, ask)[0], (2, N, 3, 4), (5, N), batch=(0, None), out=1)),
-        'DeformableDetrTransformer': (dict(num_feature_levels=2, encoder=stack('DetrTransformerEncoder', {**encoder, 'attn_cfgs': points}),
-                                           decoder=stack('DeformableDetrTransformerDecoder', pointed, return_intermediate=True)),
-                                      call(deformable, (2, N, 3, 4), (2, N, 2, 2), (5, 2*N), batch=(0, 0, None), out=2)),
-        'DynamicConv': (dict(in_channels=N, feat_channels=4, input_feat_shape=3), call(lambda net, q, r: net(q, r), (10, N), (10, N, 3, 3)))}}
+        'Transformer': (dict(encoder=stack('DetrTransformerEncoder', encoder),
+                             decoder=stack('DetrTransformerDecoder', decoder, return_intermediate=True)),
+                        call(lambda net, x, ask: whole(net, x, ask)[0], (2, N, 3, 4), (5, N),
+                             batch=(0, None), out=1)),
+        'DeformableDetrTransformer': (
+    dict(num_feature_levels=2, encoder=stack('DetrTransformerEncoder', {**encoder, 'attn_cfgs': points}),
+                                           decoder=stack('DeformableDetrTransformerDecoder', pointed,
+                                                         return_intermediate=True)),
+                                      call(deformable, (2, N, 3, 4), (2, N, 2, 2), (5, 2*N),
+                                           batch=(0, 0, None), out=2)),
+        'DynamicConv': (dict(in_channels=N, feat_channels=4, input_feat_shape=3),
+                        call(lambda net, q, r: net(q, r), (10, N), (10, N, 3, 3)))}}
 
 
 def registries():
     "Registries that belong to the pages of layers, by name."
-    owned = {id(v): v for m in MODULES for v in vars(importlib.import_module(m)).values() if isinstance(v, Registry) and v.name not in ('plugin_layer',)}
+    owned = {id(v): v for m in MODULES for v in vars(importlib.import_module(m)).values()
+             if isinstance(v, Registry) and v.name not in ('plugin_layer',)}
     return {r.name: r for r in owned.values()}
 
 
@@ -156,7 +187,8 @@ def test_layer_on_any_device_without_a_wait(role, kind):
     assert count(lambda: f(net, *xs))['syncs'] == 0
     with FakeTensorMode():
         pretend = lambda t: torch.empty(t.shape, dtype=t.dtype, device='cuda')
-        state = {f'net.{k}': pretend(v) for k, v in {**dict(net.named_parameters()), **dict(net.named_buffers())}.items()}
+        state = {f'net.{k}': pretend(v)
+                 for k, v in {**dict(net.named_parameters()), **dict(net.named_buffers())}.items()}
         out = torch.func.functional_call(Called(net, f), state, tuple(map(pretend, xs)))
     assert out.device.type == 'cuda'
 
@@ -177,9 +209,11 @@ def test_one_image_alone(role, kind):
 def test_layout_of_memory(role, kind):
     net, f, shapes, _ = build(role, kind)
     xs = given(shapes)
-    last = lambda t: t.to(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[t.dim()]) if t.dim() in (4, 5) else t
+    last = lambda t: t.to(memory_format={4: torch.channels_last,
+                                         5: torch.channels_last_3d}[t.dim()]) if t.dim() in (4, 5) else t
     want = f(net, *xs)
-    if not isinstance(net, (nn.Conv3d, nn.ConvTranspose3d)): net = net.to(memory_format=torch.channels_last)
+    if not isinstance(net, (nn.Conv3d, nn.ConvTranspose3d)):
+        net = net.to(memory_format=torch.channels_last)
     same(f(net, *map(last, xs)), want)
 
 
@@ -193,13 +227,15 @@ def test_odd_sizes_and_half_precision(role, kind):
     if not out.requires_grad: return                    # nothing is learned, nothing comes in by numbers
     out.float().pow(2).mean().backward()
     assert all(x.grad is None or x.grad.isfinite().all() for x in xs)
-    with torch.no_grad(): assert (f(net, *xs) - out.float()).abs().max() <= .1*max(1., float(out.abs().max()))
+    with torch.no_grad():
+        assert (f(net, *xs) - out.float()).abs().max() <= .1*max(1., float(out.abs().max()))
 
 
 @each
 def test_training_reaches_every_weight(role, kind):
     net, f, shapes, _ = build(role, kind)
-    f(net.train(), *given(shapes)).pow(2).mean().backward() if any(p.requires_grad for p in net.parameters()) else None
+    (f(net.train(), *given(shapes)).pow(2).mean().backward()
+     if any(p.requires_grad for p in net.parameters()) else None)
     idle = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, f'no gradient: {idle}'
 
@@ -221,7 +257,8 @@ def test_evaluation_is_repeatable_and_changes_nothing(role, kind):
     xs = given(shapes); kept = [x.clone() for x in xs]
     state = {k: v.clone() for k, v in net.state_dict().items()}
     same(f(net, *xs), f(net, *xs), 0.)
-    assert all(torch.equal(x, k) for x, k in zip(xs, kept)) and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert (all(torch.equal(x, k) for x, k in zip(xs, kept))
+            and all(torch.equal(v, state[k]) for k, v in net.state_dict().items()))
 
 
 def test_every_registry_of_layers_is_covered():
@@ -233,11 +270,16 @@ FLAT = [k for k in registries()['conv layer'] if not k.endswith(('1d', '3d'))]
 PADS_ITSELF = {'Conv2dAdaptivePadding', 'SAC', 'deconv', 'ConvTranspose2d'}   # or takes away
 
 
-@pytest.mark.parametrize('kind,mode', [(k, m) for k in FLAT for m in ('zeros', 'reflect', 'replicate', 'circular') if m == 'zeros' or k not in PADS_ITSELF])
+@pytest.mark.parametrize('kind,mode',
+                         [(k, m) for k in FLAT for m in ('zeros', 'reflect', 'replicate', 'circular')
+                          if m == 'zeros' or k not in PADS_ITSELF])
 @torch.no_grad()
 def test_brick_of_every_convolution(kind, mode):
     "Any convolution, any border: parts inside a convolution start as they do by themselves."
-    brick = ConvModule(N, 8, 3, padding=1, padding_mode=mode, conv_cfg=dict(type=kind), norm_cfg=dict(type='BN'))
+    brick = ConvModule(N, 8, 3, padding=1, padding_mode=mode, conv_cfg=dict(type=kind),
+                       norm_cfg=dict(type='BN'))
     assert brick(torch.randn(2, N, 8, 12)).shape == (2, 8, 8, 12)
-    if hasattr(brick.conv, 'conv_offset'): assert not any(p.any() for p in brick.conv.conv_offset.parameters())
-    if hasattr(brick.conv, 'weight_diff'): assert not brick.conv.weight_diff.any() and not brick.conv.switch.weight.any()
+    if hasattr(brick.conv, 'conv_offset'):
+        assert not any(p.any() for p in brick.conv.conv_offset.parameters())
+    if hasattr(brick.conv, 'weight_diff'):
+        assert not brick.conv.weight_diff.any() and not brick.conv.switch.weight.any()

@@ -5,7 +5,9 @@ from torchvision.io import write_png
 from detlearn.data.panoptic import CocoPanopticDataset, id_to_rgb
 from detlearn.evaluation.panoptic_quality import pq_counts, quality
 
-TORCHMETRICS = [[0.297816, 0.694904, 0.428571], [0.536345, 0.715127, 0.75], [0.813698, 0.813698, 1.0], [0.17029, 0.51087, 0.333333]]  # PQ, SQ, RQ by class
+# PQ, SQ, RQ by class
+TORCHMETRICS = [[0.297816, 0.694904, 0.428571], [0.536345, 0.715127, 0.75], [0.813698, 0.813698, 1.0],
+                [0.17029, 0.51087, 0.333333]]
 
 
 def world(seed, n=3, size=24):
@@ -35,10 +37,13 @@ def test_segment_numbers_may_repeat_from_image_to_image(tmp_path):
     "In COCO's panoptic files a segment's id is its own in its picture alone."
     for i in (1, 2): write_png(id_to_rgb(torch.full((40, 50), 7)), str(tmp_path/f'{i}.png'))
     segment = dict(id=7, category_id=3, bbox=[0, 0, 50, 40], area=2000, iscrowd=0)
-    coco = dict(images=[dict(id=i, file_name=f'{i}.jpg', width=50, height=40) for i in (1, 2)], categories=[dict(id=3, name='car', isthing=1)],
-                annotations=[dict(image_id=i, file_name=f'{i}.png', segments_info=[segment]) for i in (1, 2)])
+    coco = dict(images=[dict(id=i, file_name=f'{i}.jpg', width=50, height=40) for i in (1, 2)],
+                categories=[dict(id=3, name='car', isthing=1)],
+                annotations=[dict(image_id=i, file_name=f'{i}.png', segments_info=[segment])
+                             for i in (1, 2)])
     (tmp_path/'p.json').write_text(json.dumps(coco))
     data = CocoPanopticDataset(tmp_path/'p.json', [], seg_prefix=str(tmp_path), test_mode=True)
-    right, wrong = np.full((40, 50), 1000), np.full((40, 50), 1)                          # label 0, instance 1; nothing said
+    # label 0, instance 1; nothing said
+    right, wrong = np.full((40, 50), 1000), np.full((40, 50), 1)
     assert data.evaluate([dict(pan_results=right)]*2)['PQ'] == 100
     assert abs(data.evaluate([dict(pan_results=right), dict(pan_results=wrong)])['PQ'] - 100/1.5) < 1e-9

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
-from detlearn.core.registry import BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, MATCH_COST, PRIOR_GENERATORS
+from detlearn.core.registry import (BBOX_ASSIGNERS, BBOX_CODERS, BBOX_SAMPLERS, MATCH_COST,
+    PRIOR_GENERATORS)
 from detlearn.core.structures import AssignResult, GroundTruth, Predictions, Priors
 from counting import count
 from test_assigners import SETTINGS
@@ -18,16 +19,22 @@ from test_golden import CASES, read
 for module in INDEX['syms']:
     if module.split('.')[1] == 'targets': importlib.import_module(module)
 
-ON_HOST = {'ScoreHLRSampler'}   # parts that go to the host once a batch (matching, NMS): named here, with the reason on their page
+# parts that go to the host once a batch (matching, NMS): named here, with the reason on their page
+ON_HOST = {'ScoreHLRSampler'}
 MAPS, C = [(8, 8), (4, 4)], 3
-pytestmark = pytest.mark.filterwarnings('ignore')   # settings that the zoo accepts and we warn about are still to work
+# settings that the zoo accepts and we warn about are still to work
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 BY_HAND = {   # settings of samplers, whose golden cases are few
-    'RandomSampler': [dict(num=32, pos_fraction=.5), dict(num=32, pos_fraction=.25, neg_pos_ub=2, add_gt_as_proposals=False)],
+    'RandomSampler': [dict(num=32, pos_fraction=.5),
+                      dict(num=32, pos_fraction=.25, neg_pos_ub=2, add_gt_as_proposals=False)],
     'InstanceBalancedPosSampler': [dict(num=32, pos_fraction=.25)],
-    'IoUBalancedNegSampler': [dict(num=32, pos_fraction=.25), dict(num=32, pos_fraction=.25, floor_thr=.1, floor_fraction=.5)],
-    'CombinedSampler': [dict(num=32, pos_fraction=.25, pos_sampler=dict(type='InstanceBalancedPosSampler'), neg_sampler=dict(type='IoUBalancedNegSampler'))],
+    'IoUBalancedNegSampler': [dict(num=32, pos_fraction=.25),
+                              dict(num=32, pos_fraction=.25, floor_thr=.1, floor_fraction=.5)],
+    'CombinedSampler': [dict(num=32, pos_fraction=.25,
+                             pos_sampler=dict(type='InstanceBalancedPosSampler'),
+                             neg_sampler=dict(type='IoUBalancedNegSampler'))],
     'OHEMSampler': [dict(num=32, pos_fraction=.25)], 'ScoreHLRSampler': [dict(num=32, pos_fraction=.25)]}
 
 
@@ -37,29 +44,35 @@ def settings(name, most=2):
     if name in SETTINGS: return SETTINGS[name][:most]
     seen = {}
     for _, tensors, case in CASES:
-        if case['type'] == name and 'raises' not in case: seen.setdefault(repr(case['kwargs']), read(case['kwargs'], tensors))
+        if case['type'] == name and 'raises' not in case:
+            seen.setdefault(repr(case['kwargs']), read(case['kwargs'], tensors))
     return [BBOX_ASSIGNERS.build(kw) for kw in itertools.islice(seen.values(), most)] or [{}]
 
 
 def parts(*registries):
     "Each registered part with each of its settings, as pytest parameters."
-    found = [(reg.name, cls, kw) for reg in registries for cls in dict.fromkeys(reg.values()) for kw in settings(cls.__name__)]
-    return [pytest.param(role, cls, kw, id=f'{cls.__name__}-{i}') for i, (role, cls, kw) in enumerate(found)]
+    found = [(reg.name, cls, kw) for reg in registries for cls in dict.fromkeys(reg.values())
+             for kw in settings(cls.__name__)]
+    return [pytest.param(role, cls, kw, id=f'{cls.__name__}-{i}')
+            for i, (role, cls, kw) in enumerate(found)]
 
 
 def scene(images, objects=4, seed=0):
     "Objects of a batch, the last slot of each image padding, a crowd in between, and priors around them."
     g = torch.Generator().manual_seed(seed)
-    xy, wh = torch.rand(images, objects, 2, generator=g)*48, torch.rand(images, objects, 2, generator=g)*24 + 4
+    xy = torch.rand(images, objects, 2, generator=g)*48
+    wh = torch.rand(images, objects, 2, generator=g)*24 + 4
     gt = GroundTruth(torch.cat([xy, xy+wh], -1), torch.randint(0, C, (images, objects), generator=g))
     if objects > 2:
         gt.valid[:, -1] = False
         gt.ignore[:, -2] = True
     xy, wh = torch.rand(60, 2, generator=g)*56, torch.rand(60, 2, generator=g)*28 + 4
-    priors = Priors(torch.cat([xy, xy+wh], -1), [48, 12], [(8, 8), (16, 16)], torch.rand(images, 60, generator=g) > .1)
+    priors = Priors(torch.cat([xy, xy+wh], -1), [48, 12], [(8, 8), (16, 16)],
+                    torch.rand(images, 60, generator=g) > .1)
     gt.sizes, gt.masks = torch.full((images, 2), 64), torch.rand(images, objects, 5, 5, generator=g) > .5
     boxes = priors.boxes + torch.rand(images, 60, 4, generator=g)*4
-    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)*.2, dict(boxes=boxes, masks=torch.randn(images, 60, 5, 5, generator=g)))
+    preds = Predictions(torch.randn(images, 60, C, generator=g), torch.randn(images, 60, 4, generator=g)
+                        *.2, dict(boxes=boxes, masks=torch.randn(images, 60, 5, 5, generator=g)))
     return priors, gt, preds
 
 
@@ -81,7 +94,8 @@ def costs(part, priors, gt, preds):
     name = type(part).__name__
     if name == 'IoUCost': return part(priors.boxes + preds.deltas, gt.boxes)
     if name == 'BBoxL1Cost': return part(preds.deltas, gt.boxes/64)
-    if name == 'ClassificationCost' or name == 'FocalLossCost' and not part.binary_input: return part(preds.scores, gt.labels)
+    if name == 'ClassificationCost' or name == 'FocalLossCost' and not part.binary_input:
+        return part(preds.scores, gt.labels)
     masks = gt.labels[..., None, None] == torch.arange(C, device=gt.labels.device)
     logits = preds.scores[..., None, :]
     return part(logits if name != 'DiceCost' or part.pred_act else logits.sigmoid(), masks)
@@ -89,17 +103,22 @@ def costs(part, priors, gt, preds):
 
 def sampled(part):
     "`f(priors, gt, preds)`: one draw, with dice that are the same for every image and every call."
-    part.throw = lambda codes: (torch.arange(codes.shape[-1], device=codes.device)*.618 % 1).expand(codes.shape)
+    part.throw = lambda codes: (torch.arange(codes.shape[-1], device=codes.device)*.618 % 1).expand(
+        codes.shape)
     def use(priors, gt, preds):
-        codes = (torch.arange(priors.boxes.shape[-2], device=gt.boxes.device) % 3 - 1) * gt.real.any(-1, keepdim=True)
-        assigned = AssignResult(gt.real.sum(-1), codes, preds.deltas.float()[..., 0].sigmoid(), codes*0 - 1)
+        codes = (torch.arange(priors.boxes.shape[-2], device=gt.boxes.device) % 3 - 1) * gt.real.any(
+            -1, keepdim=True)
+        assigned = AssignResult(gt.real.sum(-1), codes, preds.deltas.float()[..., 0].sigmoid(),
+                                codes*0 - 1)
         candidates = codes.shape[-1] + gt.valid.shape[-1]*getattr(part, 'add_gt_as_proposals', False)
         grow = lambda x: x.float().repeat_interleave(2, -2)[..., -candidates:, :]
         if type(part).__name__ == 'MaskPseudoSampler':
-            res = part.sample(assigned, preds.extras['masks'], gt); return [res.gt_masks.float(), res.labels, res.weight]
+            res = part.sample(assigned, preds.extras['masks'], gt)
+            return [res.gt_masks.float(), res.labels, res.weight]
         more = {}
         if type(part).__name__ == 'OHEMSampler': more = dict(losses=grow(preds.scores)[..., 0].abs())
-        if type(part).__name__ == 'ScoreHLRSampler': more = dict(preds=(grow(preds.scores), grow(preds.extras['boxes'])))
+        if type(part).__name__ == 'ScoreHLRSampler':
+            more = dict(preds=(grow(preds.scores), grow(preds.extras['boxes'])))
         res = part.sample(assigned, priors, gt, **more)
         return [res.boxes, res.labels, res.weight]
     return use
@@ -118,10 +137,12 @@ def call_of(role, cls, kw):
             border = gt.valid.new_full((gt.valid.shape[0], 2), 64, dtype=torch.long)
             return coded(part, priors.boxes, preds.deltas, border)
     elif role == 'match_cost':
-        def use(priors, gt, preds): return [costs(part, priors, gt, preds).sum(-1)]   # over objects: there may be none
+        # over objects: there may be none
+        def use(priors, gt, preds): return [costs(part, priors, gt, preds).sum(-1)]
     elif role == 'prior_generator':
         def use(priors, gt, preds):
-            if not hasattr(part, 'strides'): return [part.grid_points(MAPS[0], 8, gt.boxes.device)]   # one level a call
+            # one level a call
+            if not hasattr(part, 'strides'): return [part.grid_points(MAPS[0], 8, gt.boxes.device)]
             made = part(MAPS[:1]*len(part.strides), gt.boxes.device)
             return [made.boxes]
     else: raise AssertionError(f'no recipe for the role {role!r}: add one to tests/test_parts.py')
@@ -145,7 +166,8 @@ def same(got, want):
 
 TARGETS = parts(BBOX_ASSIGNERS, BBOX_SAMPLERS, BBOX_CODERS, MATCH_COST, PRIOR_GENERATORS)
 targets = pytest.mark.parametrize('role,cls,kw', TARGETS)
-on_device = pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.values[1].__name__ not in ON_HOST])
+on_device = pytest.mark.parametrize('role,cls,kw',
+                                    [p for p in TARGETS if p.values[1].__name__ not in ON_HOST])
 
 
 def test_the_parts_are_there():
@@ -198,26 +220,34 @@ def test_target_in_half_precision(role, cls, kw):
     use, (priors, gt, preds) = call_of(role, cls, kw), scene(2)
     half = Predictions(preds.scores.bfloat16(), preds.deltas.bfloat16(), preds.extras)
     with torch.autocast('cpu', torch.bfloat16): out = use(priors, gt, half)
-    assert all(t.dtype != torch.bfloat16 and not t.is_floating_point() or t.dtype == torch.float32 for t in out)
+    assert all(t.dtype != torch.bfloat16 and not t.is_floating_point() or t.dtype == torch.float32
+               for t in out)
     same(out, use(priors, gt, Predictions(half.scores.float(), half.deltas.float(), preds.extras)))
 
 
-@pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.values[0] != 'prior_generator'])   # those are the same for all images
+# those are the same for all images
+@pytest.mark.parametrize('role,cls,kw', [p for p in TARGETS if p.values[0] != 'prior_generator'])
 def test_image_alone_or_in_a_batch(role, cls, kw):
     use, (priors, gt, preds) = call_of(role, cls, kw), scene(3)
-    pick = lambda v, i: {k: pick(x, i) for k, x in v.items()} if isinstance(v, dict) else v[i:i+1] if isinstance(v, torch.Tensor) and len(v) == 3 else v
+    pick = lambda v, i: {k: pick(x, i) for k, x in v.items()} if isinstance(
+        v, dict) else v[i:i+1] if isinstance(v, torch.Tensor) and len(v) == 3 else v
     alone = lambda s, i: type(s)(**pick(vars(s), i))
-    for i in range(3): same(use(*(alone(s, i) for s in (priors, gt, preds))), [t[i:i+1] for t in use(priors, gt, preds)])
+    for i in range(3):
+        same(use(*(alone(s, i) for s in (priors, gt, preds))),
+             [t[i:i+1] for t in use(priors, gt, preds)])
 
 
 def test_the_counter_sees_each_kind_of_wait():
     x = torch.arange(4.)
-    waiting = dict(item=lambda: x.sum().item(), mask=lambda: x[x > 1], nonzero=lambda: x.nonzero(), put=lambda: x.clone().index_put_((x > 1,), x[0]))
+    waiting = dict(item=lambda: x.sum().item(), mask=lambda: x[x > 1], nonzero=lambda: x.nonzero(),
+                   put=lambda: x.clone().index_put_((x > 1,), x[0]))
     for name, wait in waiting.items(): assert count(wait)['syncs'] == 1, name
     assert count(lambda: x[torch.tensor([0, 2])])['syncs'] == 0
     assert count(lambda: x.t().view(2, 2).sum())['kernels'] == 1
     with FakeTensorMode():
         x = torch.empty(4, device='cuda')
-        for copies, n in ((lambda: x.new_tensor([1., 2]), 1), (lambda: x.cpu(), 1), (lambda: torch.ones(2).to('cuda', non_blocking=True), 0),
-                          (lambda: x.double(), 0), (lambda: x.copy_(torch.ones(4)), 1), (lambda: x.copy_(torch.ones(4), non_blocking=True), 0)):
+        for copies, n in ((lambda: x.new_tensor([1., 2]), 1), (lambda: x.cpu(), 1),
+                          (lambda: torch.ones(2).to('cuda', non_blocking=True), 0),
+                          (lambda: x.double(), 0), (lambda: x.copy_(torch.ones(4)), 1),
+                          (lambda: x.copy_(torch.ones(4), non_blocking=True), 0)):
             assert count(copies)['syncs'] == n

@@ -7,7 +7,8 @@ from detlearn.engine.hooks import Hook, LrUpdaterHook, OptimizerHook
 from detlearn.engine.runner import EpochBasedRunner
 from detlearn.engine.schedules import POLICIES
 
-N, E, BASE = 10, 12, .02                                    # iterations of an epoch, epochs, rate of the optimizer
+# iterations of an epoch, epochs, rate of the optimizer
+N, E, BASE = 10, 12, .02
 cos = lambda a, b, x: b + (a-b)*(1+math.cos(math.pi*x))/2   # from `a` to `b`
 
 
@@ -38,17 +39,24 @@ def restarts(t, T):
 BY_ITER = {
     'fixed': (dict(policy='fixed'), lambda t, T: BASE),
     'step list': (dict(policy='step', step=[80, 110]), lambda t, T: BASE*.1**((t >= 80)+(t >= 110))),
-    'step int, floor': (dict(policy='step', step=30, gamma=.2, min_lr=1e-3), lambda t, T: max(BASE*.2**(t//30), 1e-3)),
+    'step int, floor': (dict(policy='step', step=30, gamma=.2, min_lr=1e-3),
+                        lambda t, T: max(BASE*.2**(t//30), 1e-3)),
     'exp': (dict(policy='exp', gamma=.97), lambda t, T: BASE*.97**t),
     'poly': (dict(policy='poly', power=.9, min_lr=1e-4), lambda t, T: (BASE-1e-4)*(1-t/T)**.9 + 1e-4),
     'inv': (dict(policy='inv', gamma=.1, power=.75), lambda t, T: BASE/(1+.1*t)**.75),
-    'CosineAnnealing': (dict(policy='CosineAnnealing', min_lr_ratio=.01), lambda t, T: cos(BASE, .01*BASE, t/T)),
-    'FlatCosineAnnealing': (dict(policy='FlatCosineAnnealing', start_percent=.6, min_lr=1e-4), lambda t, T: BASE if t < round(.6*T) else cos(BASE, 1e-4, (t-round(.6*T))/(T-round(.6*T)))),
-    'LinearAnnealing': (dict(policy='LinearAnnealing', min_lr=1e-4), lambda t, T: BASE + (1e-4-BASE)*t/T),
-    'CosineRestart': (dict(policy='CosineRestart', periods=[60, 40, 20], restart_weights=[1, .7, .4], min_lr=1e-4), restarts),
+    'CosineAnnealing': (dict(policy='CosineAnnealing', min_lr_ratio=.01),
+                        lambda t, T: cos(BASE, .01*BASE, t/T)),
+    'FlatCosineAnnealing': (dict(policy='FlatCosineAnnealing', start_percent=.6, min_lr=1e-4),
+                            lambda t, T: BASE if t < round(.6*T)
+                            else cos(BASE, 1e-4, (t-round(.6*T))/(T-round(.6*T)))),
+    'LinearAnnealing': (dict(policy='LinearAnnealing', min_lr=1e-4),
+                        lambda t, T: BASE + (1e-4-BASE)*t/T),
+    'CosineRestart': (dict(policy='CosineRestart', periods=[60, 40, 20], restart_weights=[1, .7, .4],
+                           min_lr=1e-4), restarts),
     'cyclic': (dict(policy='cyclic', cyclic_times=2), cycle),
     'OneCycle': (dict(policy='OneCycle', max_lr=.1), one_cycle),
-    'YOLOX': (dict(policy='YOLOX', warmup='exp', warmup_by_epoch=True, warmup_iters=2, warmup_ratio=1, num_last_epochs=3, min_lr_ratio=.05), yolox)}
+    'YOLOX': (dict(policy='YOLOX', warmup='exp', warmup_by_epoch=True, warmup_iters=2, warmup_ratio=1,
+                   num_last_epochs=3, min_lr_ratio=.05), yolox)}
 BY_EPOCH = {
     'step': (dict(policy='step', step=[8, 11]), lambda t, T: BASE*.1**((t >= 8)+(t >= 11))),
     'exp': (dict(policy='exp', gamma=.8), lambda t, T: BASE*.8**t),
@@ -56,13 +64,19 @@ BY_EPOCH = {
     'inv': (dict(policy='inv', gamma=1.), lambda t, T: BASE/(1+t)),
     'CosineAnnealing': (dict(policy='CosineAnnealing', min_lr=0.), lambda t, T: cos(BASE, 0, t/T)),
     'LinearAnnealing': (dict(policy='LinearAnnealing', min_lr_ratio=.1), lambda t, T: BASE*(1-.9*t/T)),
-    'FlatCosineAnnealing': (dict(policy='FlatCosineAnnealing', min_lr=0.), lambda t, T: BASE if t < 9 else cos(BASE, 0, (t-9)/3)),
-    'CosineRestart': (dict(policy='CosineRestart', periods=[8, 4], restart_weights=[1, .5], min_lr=0.), lambda t, T: cos(BASE, 0, t/8) if t < 8 else .5*cos(BASE, 0, (t-8)/4))}
+    'FlatCosineAnnealing': (dict(policy='FlatCosineAnnealing', min_lr=0.),
+                            lambda t, T: BASE if t < 9 else cos(BASE, 0, (t-9)/3)),
+    'CosineRestart': (dict(policy='CosineRestart', periods=[8, 4], restart_weights=[1, .5], min_lr=0.),
+                      lambda t, T: cos(BASE, 0, t/8) if t < 8 else .5*cos(BASE, 0, (t-8)/4))}
 WARMUPS = {'none': ({}, lambda i: 1.),
-           'constant': (dict(warmup='constant', warmup_iters=25, warmup_ratio=.1), lambda i: .1 if i < 25 else 1.),
-           'linear': (dict(warmup='linear', warmup_iters=25, warmup_ratio=.01), lambda i: .01 + .99*i/25 if i < 25 else 1.),
-           'exp': (dict(warmup='exp', warmup_iters=25, warmup_ratio=.01), lambda i: .01**(1-i/25) if i < 25 else 1.),
-           'linear, in epochs': (dict(warmup='linear', warmup_by_epoch=True, warmup_iters=3, warmup_ratio=.1), lambda i: .1 + .9*i/30 if i < 30 else 1.)}
+           'constant': (dict(warmup='constant', warmup_iters=25, warmup_ratio=.1),
+                        lambda i: .1 if i < 25 else 1.),
+           'linear': (dict(warmup='linear', warmup_iters=25, warmup_ratio=.01),
+                      lambda i: .01 + .99*i/25 if i < 25 else 1.),
+           'exp': (dict(warmup='exp', warmup_iters=25, warmup_ratio=.01),
+                   lambda i: .01**(1-i/25) if i < 25 else 1.),
+           'linear, in epochs': (dict(warmup='linear', warmup_by_epoch=True, warmup_iters=3,
+                                      warmup_ratio=.1), lambda i: .1 + .9*i/30 if i < 30 else 1.)}
 
 
 class Toy(nn.Module):
@@ -73,7 +87,8 @@ class Toy(nn.Module):
 class Note(Hook):
     priority = 'LOWEST'
     def __init__(self): self.seen = []
-    def after_train_iter(self, runner): self.seen.append([g['lr'] for g in runner.optimizer.param_groups])
+    def after_train_iter(self, runner):
+        self.seen.append([g['lr'] for g in runner.optimizer.param_groups])
 
 
 def rates(cfg, epochs=E):
@@ -89,11 +104,15 @@ def rates(cfg, epochs=E):
 def check(cfg, expected):
     seen = rates(cfg); assert len(seen) == N*E
     assert [a for a, _ in seen] == pytest.approx(expected, rel=1e-9, abs=1e-15)
-    if cfg['policy'] not in ('OneCycle', 'step', 'CosineRestart', 'FlatCosineAnnealing', 'LinearAnnealing', 'poly', 'CosineAnnealing'):     # no absolute rate in it: groups keep their proportion
+    # no absolute rate in it: groups keep their proportion
+    if cfg['policy'] not in ('OneCycle', 'step', 'CosineRestart', 'FlatCosineAnnealing',
+                             'LinearAnnealing', 'poly', 'CosineAnnealing'):
         assert [b for _, b in seen] == pytest.approx([a/10 for a in expected], rel=1e-9, abs=1e-15)
 
 
-@pytest.mark.parametrize('name, warmup', [(n, w) for n in BY_ITER for w in WARMUPS if n != 'YOLOX' or w == 'none'])      # YOLOX has a warm-up of its own
+# YOLOX has a warm-up of its own
+@pytest.mark.parametrize('name, warmup',
+                         [(n, w) for n in BY_ITER for w in WARMUPS if n != 'YOLOX' or w == 'none'])
 def test_by_iteration(name, warmup):
     cfg, form = BY_ITER[name]
     more, factor = WARMUPS[warmup]; by = {} if name in ('cyclic', 'OneCycle') else dict(by_epoch=False)

@@ -12,7 +12,8 @@ CONFIG, SIDE = 'retinanet/retinanet_r50_fpn_1x_coco', 128
 
 def config():
     cfg = Config.fromfile(CONFIG).to_dict()
-    cfg['model']['backbone']['init_cfg'] = None          # no download: numbers of ops do not depend on weights
+    # no download: numbers of ops do not depend on weights
+    cfg['model']['backbone']['init_cfg'] = None
     return cfg['model']
 
 
@@ -68,7 +69,8 @@ def test_loss_of_the_head():
     found = {B: count(lambda args=given(B): head.loss(*args)) for B in (2, 8)}
     print({B: (f['ops'], f['kernels'], f['syncs']) for B, f in found.items()})
     assert found[2]['syncs'] == found[8]['syncs'] == 0, found[8]['where']
-    assert found[2]['ops'] == found[8]['ops'] and found[8]['kernels'] < 160   # on a CPU the table of overlaps is walked in parts
+    # on a CPU the table of overlaps is walked in parts
+    assert found[2]['ops'] == found[8]['ops'] and found[8]['kernels'] < 160
 
 
 def test_inference_waits_twice_a_batch():
@@ -76,9 +78,11 @@ def test_inference_waits_twice_a_batch():
     torch.manual_seed(0)
     model, waits = build_detector(config()).eval(), {}
     with torch.no_grad():
-        model.bbox_head.retina_cls.bias.fill_(-2.)       # scores above the threshold, so that NMS has work
+        # scores above the threshold, so that NMS has work
+        model.bbox_head.retina_cls.bias.fill_(-2.)
         for B in (2, 8):
-            images = torch.randn(B, 3, SIDE, SIDE); found = count(lambda: model(images)); waits[B] = found['syncs']
+            images = torch.randn(B, 3, SIDE, SIDE); found = count(lambda: model(images))
+            waits[B] = found['syncs']
             assert found['syncs'] <= 2, found['where']
             assert model(images).valid.any()
     print(waits)

@@ -14,7 +14,8 @@ numbers = st.integers(0, 2**31-1)
 def boxes_near(priors, g, reach=.4):
     "Boxes whose centre lies within `reach` sides of the prior's and whose sides are half to twice as long."
     size = priors[..., 2:] - priors[..., :2]
-    centre = (priors[..., :2] + priors[..., 2:])/2 + (torch.rand(size.shape, generator=g)*2 - 1)*reach*size
+    centre = (priors[..., :2] + priors[..., 2:])/2 + (torch.rand(size.shape, generator=g)*2
+                                                      - 1)*reach*size
     half = size*2**(torch.rand(size.shape, generator=g)*2 - 1)/2
     return torch.cat([centre-half, centre+half], -1)
 
@@ -24,8 +25,10 @@ def some_priors(g, lead, n):
     return torch.cat([xy, xy+wh], -1)
 
 
-CODERS = dict(DeltaXYWHBBoxCoder=dict(target_means=(.1, -.1, .2, 0.), target_stds=(.1, .1, .2, .2)), LegacyDeltaXYWHBBoxCoder=dict(target_stds=(.5,)*4),
-              TBLRBBoxCoder=dict(normalizer=(4., 4, 2, 2)), DistancePointBBoxCoder={}, YOLOBBoxCoder={}, PseudoBBoxCoder={},
+CODERS = dict(DeltaXYWHBBoxCoder=dict(target_means=(.1, -.1, .2, 0.), target_stds=(.1, .1, .2, .2)),
+              LegacyDeltaXYWHBBoxCoder=dict(target_stds=(.5,)*4),
+              TBLRBBoxCoder=dict(normalizer=(4., 4, 2, 2)), DistancePointBBoxCoder={}, YOLOBBoxCoder={},
+              PseudoBBoxCoder={},
               BucketingBBoxCoder=dict(num_buckets=14, scale_factor=3.))
 
 
@@ -38,20 +41,24 @@ def test_decode_undoes_encode(name, seed, lead, n):
     coder, priors = BBOX_CODERS.build(dict(type=name, **CODERS[name])), some_priors(g, lead, n)
     boxes, more = boxes_near(priors, g), ()
     if name == 'DistancePointBBoxCoder': priors = priors[..., :2]
-    if name == 'YOLOBBoxCoder': more = ((priors[..., 2:] - priors[..., :2]).amax(-1),)   # a cell as large as the prior
+    # a cell as large as the prior
+    if name == 'YOLOBBoxCoder': more = ((priors[..., 2:] - priors[..., :2]).amax(-1),)
     said = coder.encode(priors, boxes, *more)
     if name == 'BucketingBBoxCoder': found = coder.decode(priors, (said[2]*99, said[0]))[0]
     else: found = coder.decode(priors, said, *more)
-    want = boxes + torch.tensor([-.5, -.5, .5, .5]) if name.startswith('Legacy') else boxes   # the zoo's old decoder does not shrink
+    # the zoo's old decoder does not shrink
+    want = boxes + torch.tensor([-.5, -.5, .5, .5]) if name.startswith('Legacy') else boxes
     torch.testing.assert_close(found, want, rtol=1e-4, atol=5e-3)
 
 
 def test_every_coder_is_tried():
-    assert set(CODERS) == {c.__name__ for c in BBOX_CODERS.values() if c.__module__.startswith('detlearn')}
+    assert set(CODERS) == {c.__name__ for c in BBOX_CODERS.values()
+                           if c.__module__.startswith('detlearn')}
 
 
 @common
-@given(seed=numbers, lead=st.sampled_from([(), (2,)]), G=st.integers(0, 6), P=st.integers(0, 30), pairs=st.integers(1, 200))
+@given(seed=numbers, lead=st.sampled_from([(), (2,)]), G=st.integers(0, 6), P=st.integers(0, 30),
+       pairs=st.integers(1, 200))
 def test_blocks_give_the_table(seed, lead, G, P, pairs):
     "Whatever the size of a block, the reductions are those of the whole table, to the last bit, ties included."
     g = torch.Generator().manual_seed(seed)
@@ -71,7 +78,8 @@ def test_blocks_give_the_table(seed, lead, G, P, pairs):
     for size in (pairs, None):
         parts = columns(priors, G, size)
         found = best_overlaps(fill, parts)
-        for got, want in ((found.best, best), (found.owner, owner), (found.top, top)): assert torch.equal(got, want)
+        for got, want in ((found.best, best), (found.owner, owner), (found.top, top)):
+            assert torch.equal(got, want)
         assert torch.equal(claimed_by(fill, parts, found), claim.amax(-2))
 
 

@@ -27,19 +27,26 @@ def config(toys, work_dir, photos):
     "The demo's detector on eight photos, batch norms at rest, SGD, nothing random."
     cfg = Config.fromfile('toy/retinanet_demo')
     steps = with_objects(cfg.data.test.pipeline)      # nothing random
-    for split in ('train', 'val', 'test'): cfg.data[split] = dict(type='CocoDataset', ann_file=f'{toys}/train.json', img_prefix=f'{toys}/images', pipeline=steps)
+    for split in ('train', 'val', 'test'):
+        cfg.data[split] = dict(type='CocoDataset', ann_file=f'{toys}/train.json',
+                               img_prefix=f'{toys}/images', pipeline=steps)
     cfg.data.update(samples_per_gpu=photos, workers_per_gpu=0)
     cfg.model.backbone.update(norm_eval=True)
-    cfg.update(work_dir=work_dir, seed=0, device='cpu', optimizer=dict(type='SGD', lr=.01, momentum=.9), optimizer_config=dict(grad_clip=None),
-               lr_config=dict(policy='fixed'), runner=dict(type='EpochBasedRunner', max_epochs=2), custom_hooks=[],
-               checkpoint_config=dict(interval=1), log_config=dict(interval=1, hooks=[dict(type='TextLoggerHook')]), evaluation=dict(interval=2))
+    cfg.update(work_dir=work_dir, seed=0, device='cpu', optimizer=dict(type='SGD', lr=.01, momentum=.9),
+               optimizer_config=dict(grad_clip=None),
+               lr_config=dict(policy='fixed'), runner=dict(type='EpochBasedRunner', max_epochs=2),
+               custom_hooks=[],
+               checkpoint_config=dict(interval=1),
+               log_config=dict(interval=1, hooks=[dict(type='TextLoggerHook')]),
+               evaluation=dict(interval=2))
     return cfg
 
 
 def train(toys, work_dir, photos, distributed):
     cfg = config(toys, work_dir, int(photos))
     set_random_seed(0)
-    return train_detector(build_detector(cfg.model), build_dataset(cfg.data.train), cfg, distributed=distributed, validate=True, timestamp='now')
+    return train_detector(build_detector(cfg.model), build_dataset(cfg.data.train), cfg,
+                          distributed=distributed, validate=True, timestamp='now')
 
 
 def test_two_processes_are_one(tmp_path):
@@ -52,6 +59,8 @@ def test_two_processes_are_one(tmp_path):
     one, two = [read_file(tmp_path/w/'epoch_2.pth')['state_dict'] for w in ('one', 'two')]
     worst = max((one[k]-two[k]).abs().max().item() for k in one if one[k].is_floating_point())
     assert one.keys() == two.keys() and worst < 1e-5, worst
-    logs = [[r for r in read_log(tmp_path/w/'now.log.json') if r.get('mode') == 'val'] for w in ('one', 'two')]
+    logs = [[r for r in read_log(tmp_path/w/'now.log.json') if r.get('mode') == 'val']
+            for w in ('one', 'two')]
     assert len(logs[0]) == len(logs[1]) == 1
-    assert abs(logs[0][0]['bbox_mAP'] - logs[1][0]['bbox_mAP']) < 1e-4 and abs(logs[0][0]['val_loss'] - logs[1][0]['val_loss']) < 1e-3
+    assert (abs(logs[0][0]['bbox_mAP'] - logs[1][0]['bbox_mAP']) < 1e-4
+            and abs(logs[0][0]['val_loss'] - logs[1][0]['val_loss']) < 1e-3)

@@ -23,9 +23,11 @@ MISSING, BUILT = collections.defaultdict(list), []
 
 def watch(event, args):
     "What a config could do if it were executed."
-    if watching and event.split('.')[0] in ('exec', 'import', 'os', 'subprocess', 'socket', 'ctypes', 'shutil', 'builtins'):
+    if watching and event.split('.')[0] in ('exec', 'import', 'os', 'subprocess', 'socket', 'ctypes',
+                                            'shutil', 'builtins'):
         if event not in ('os.listdir', 'os.scandir'): EVENTS.append((event, str(args)[:80]))
-    if watching and event == 'open' and args[1] not in ('r', 'rb'): EVENTS.append((event, str(args)[:80]))
+    if watching and event == 'open' and args[1] not in ('r', 'rb'):
+        EVENTS.append((event, str(args)[:80]))
 
 
 codecs.lookup('utf-8-sig')   # imports its codec now, before anybody watches
@@ -38,7 +40,8 @@ def root():
     try: wheel = distribution('mmdet')
     except PackageNotFoundError: wheel = None
     if wheel is None or wheel.version != VERSION:
-        pytest.fail(f"the zoo's configs are not installed: pip install mmdet=={VERSION} (part of pip install -e '.[dev]')", pytrace=False)
+        pytest.fail(f"the zoo's configs are not installed: pip install mmdet=={VERSION} (part of pip "
+                    "install -e '.[dev]')", pytrace=False)
     return Path(wheel.locate_file('mmdet/.mim/configs')).resolve()
 
 
@@ -89,7 +92,8 @@ def look_up(model, where='model'):
 @functools.cache
 def keys_of(model):
     "Names and shapes of a model, given as its `repr`; on the meta device, where nothing is computed."
-    model, train_cfg, test_cfg = eval(model, {'inf': float('inf'), 'nan': float('nan')})  # our own repr of plain values
+    # our own repr of plain values
+    model, train_cfg, test_cfg = eval(model, {'inf': float('inf'), 'nan': float('nan')})
     look_up(model)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -139,5 +143,7 @@ def test_keys(name):
 def test_count(capsys):
     "Not a check: how many models there are, and what the others wait for."
     with capsys.disabled():
-        print(f'\n{len(BUILT)} of {len(MODELS)} models of the zoo were built and have its keys, or failed above')
-        for part, names in sorted(MISSING.items(), key=lambda x: -len(x[1])): print(f'{len(names):5} wait for {part}')
+        print(f'\n{len(BUILT)} of {len(MODELS)} models of the zoo were built and have its keys, or '
+              'failed above')
+        for part, names in sorted(MISSING.items(), key=lambda x: -len(x[1])):
+            print(f'{len(names):5} wait for {part}')

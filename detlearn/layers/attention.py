@@ -63,7 +63,8 @@ class MultiheadAttention(nn.Module):
         dropout_layer=dict(type='Dropout', drop_prob=0.), # recipe, acts on what is added; None: nothing
         init_cfg=None,          # accepted: PyTorch's own start is used, as in the zoo
         batch_first:bool=False, # `(B, N, C)` in place of `(N, B, C)`
-        **kwargs,               # of PyTorch's layer: `bias`, `kdim`...; `dropout`: an old name, see below
+        # of PyTorch's layer: `bias`, `kdim`...; `dropout`: an old name, see below
+        **kwargs,
     ):
         super().__init__()
         if embed_dims % num_heads:

@@ -90,7 +90,8 @@ class DeformConv(nn.Module):
         mask=None, # see `modulated_deform_conv2d`
     )->Tensor:     # `(B, C_out, H', W')`
         "The operator with this layer's weight."
-        return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, self.stride, self.padding,
+        return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, self.stride,
+                                       self.padding,
                                        self.dilation)
 
 # %% ../../nbs/03_layers/05_deform_conv.ipynb #e7bf02c0

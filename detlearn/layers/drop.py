@@ -104,7 +104,8 @@ class DropBlock(nn.Module):
     ):
         super().__init__()
         if block_size % 2 == 0:
-            raise ValueError(f'DropBlock: block_size={block_size} must be odd, so that a square has a middle')
+            raise ValueError(f'DropBlock: block_size={block_size} must be odd, so that a square has a '
+                             'middle')
         if not 0 < drop_prob < 1:
             raise ValueError(f'DropBlock: drop_prob={drop_prob} must lie between 0 and 1')
         if warmup_iters < 0:

@@ -111,8 +111,8 @@ def window_for(
 )->nn.Parameter:       # see `near_map`
     "The table of who may look where, for the stages of a ResNet."
     if in_channels not in (256, 512):
-        raise ValueError('GeneralizedAttention: spatial_range is known for 256 and 512 channels, not for '
-                         f'{in_channels}; use -1')
+        raise ValueError('GeneralizedAttention: spatial_range is known for 256 and 512 channels, '
+                         f'not for {in_channels}; use -1')
     return near_map({256: 84, 512: 42}[in_channels], spatial_range, kv_stride)
 
 def add_terms(

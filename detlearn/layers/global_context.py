@@ -141,7 +141,8 @@ class ContextBlock(nn.Module):
             raise ValueError(f"ContextBlock: pooling_type={pooling_type!r}; choose 'att' or 'avg'")
         kinds = ('channel_add', 'channel_mul')
         if not fusion_types or not set(fusion_types) <= set(kinds):
-            raise ValueError(f'ContextBlock: fusion_types={fusion_types!r}; a tuple of one or both of {kinds}')
+            raise ValueError(f'ContextBlock: fusion_types={fusion_types!r}; a tuple of one or both of '
+                             f'{kinds}')
         if pooling_type == 'att':
             self.conv_mask = nn.Conv2d(in_channels, 1, 1)
             nn.init.kaiming_normal_(self.conv_mask.weight); nn.init.zeros_(self.conv_mask.bias)
@@ -174,7 +175,8 @@ class CrissCrossAttention(nn.Module):
     ):
         super().__init__()
         if in_channels < 8:
-            raise ValueError(f'CrissCrossAttention: an eighth of in_channels={in_channels} compares; give 8')
+            raise ValueError(f'CrissCrossAttention: an eighth of in_channels={in_channels} compares; '
+                             'give 8')
         self.query_conv,self.key_conv = [nn.Conv2d(in_channels, in_channels//8, 1) for _ in range(2)]
         self.value_conv = nn.Conv2d(in_channels, in_channels, 1)
         self.gamma = nn.ParameterDict(dict(scale=torch.zeros(())))   # starts as the identity

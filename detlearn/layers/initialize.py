@@ -99,7 +99,8 @@ def is_a(
 # %% ../../nbs/03_layers/00_initialize.ipynb #66144e43
 def override_parts(
     module:nn.Module, # has the named parts
-    cfg:dict,         # its `override`: one or many of `dict(name=, type=, ...)`; no `type`: that of `cfg`
+    # its `override`: one or many of `dict(name=, type=, ...)`; no `type`: that of `cfg`
+    cfg:dict,
 )->int:               # layers filled
     "Apply a rule to everything in the parts that it names."
     filled = 0
@@ -123,7 +124,8 @@ def initialize(
         if cfg.get('type') == 'Pretrained': continue
         rule,layers = read_rule(cfg),as_list(cfg.get('layer'))
         if not layers and not cfg.get('override'):
-            warnings.warn(f'init_cfg={cfg} names no layer: as in the zoo, nothing is filled. Add layer=.')
+            warnings.warn(f'init_cfg={cfg} names no layer: as in the zoo, nothing is filled. Add '
+                          'layer=.')
         filled += sum(fill_layer(m, *rule) for m in module.modules() if is_a(m, layers))
         filled += override_parts(module, cfg)
     return filled

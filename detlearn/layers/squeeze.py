@@ -62,7 +62,8 @@ class CBAM(nn.Module):
     ):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd, so that a window has a middle')
+            raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd, so that a window has a '
+                             'middle')
         less = max(int(in_channels/ratio), 1)
         self.conv1 = ConvModule(in_channels, less, 1, bias=False)
         self.conv2 = ConvModule(less, in_channels, 1, bias=False, act_cfg=None)

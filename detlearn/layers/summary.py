@@ -33,7 +33,7 @@ class Summary(list):
     "A list of `Stage`s that prints as a table."
     def total(self,
         what:str, # `'parameters'`, `'macs'` or `'memory'`
-    )->int:
+    )->int:       # numbers, multiply-adds or bytes
         "The sum over all stages."
         return sum(getattr(s, what) for s in self)
 

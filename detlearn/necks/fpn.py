@@ -22,8 +22,9 @@ def upsampled(
     size = {} if 'scale_factor' in upsample_cfg else dict(size=like.shape[2:])
     large = F.interpolate(x, **size, **upsample_cfg)
     if large.shape[2:] != like.shape[2:]:
-        raise ValueError(f'a map of {tuple(x.shape[2:])} cells, enlarged by upsample_cfg={upsample_cfg}, '
-                         f'has {tuple(large.shape[2:])}, the next finer one {tuple(like.shape[2:])}; '
+        raise ValueError(f'a map of {tuple(x.shape[2:])} cells, enlarged by '
+                         f'upsample_cfg={upsample_cfg}, has {tuple(large.shape[2:])}, the next finer '
+                         f'one {tuple(like.shape[2:])}; '
                          'leave out scale_factor, or pad images to a multiple of the coarsest stride')
     return large
 
@@ -107,8 +108,8 @@ class FPN(nn.Module):
         self.used = used_levels(len(in_channels), start_level, end_level)
         self.mode,used = extra_mode(add_extra_convs),self.in_channels[self.used]
         if num_outs < len(used):
-            raise ValueError(f'{type(self).__name__}: num_outs={num_outs}, but {len(used)} maps are used; '
-                             'raise it, or start_level')
+            raise ValueError(f'{type(self).__name__}: num_outs={num_outs}, but {len(used)} maps are '
+                             'used; raise it, or start_level')
         extra = extra_channels(num_outs - len(used), self.mode, used[-1], out_channels)
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
         side = {**cfg, 'norm_cfg': None if no_norm_on_lateral else norm_cfg}
