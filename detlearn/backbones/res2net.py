@@ -6,7 +6,7 @@
 __all__ = ['chain_parts', 'ChainBottleneck', 'Res2Net']
 
 # %% ../../nbs/04_backbones/04_res2net.ipynb #f232bcf8
-import math
+import math, warnings
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -83,14 +83,16 @@ class Res2Net(ResNet):
         base_width:int=26,    # channels of a part in the first stage
         style='pytorch',      # see `Bottleneck`
         deep_stem:bool=True,  # three 3×3 instead of a 7×7
-        avg_down:bool=True,   # average in the way around
+        avg_down:bool=True,   # accepted, not used: the way around always averages, as in the zoo
         pretrained=None,      # see `ResNet`
         init_cfg=None,        # where weights come from
         **kwargs,             # of `ResNet`
     ):
         self.block_settings = dict(scales=scales, base_width=base_width,
                                    base_channels=kwargs.get('base_channels', 64))
-        super().__init__(style=style, deep_stem=deep_stem, avg_down=avg_down, pretrained=pretrained,
+        if not avg_down:
+            warnings.warn('Res2Net: avg_down=False has no effect, as in the zoo: it always averages')
+        super().__init__(style=style, deep_stem=deep_stem, avg_down=True, pretrained=pretrained,
                          init_cfg=init_cfg, **kwargs)
 
     def make_res_layer(self,
