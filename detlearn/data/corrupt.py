@@ -98,8 +98,8 @@ def gaussian_blur(
 )->Tensor:  # `(3, H, W)`, not clipped
     "A mean with the weights of a bell; the border is repeated."
     k = 2*math.ceil(3*deviation) + 1
-    return F.gaussian_blur(nnF.pad(x[None], (k//2,)*4, 'replicate')[0], [k, k], [deviation, deviation])[
-        :, k//2:-(k//2), k//2:-(k//2)]
+    wide = nnF.pad(x[None], (k//2,)*4, 'replicate')[0]
+    return F.gaussian_blur(wide, [k, k], [deviation, deviation])[:, k//2:-(k//2), k//2:-(k//2)]
 
 def defocus_blur(
     x,      # `(3, H, W)` RGB, 0 to 1

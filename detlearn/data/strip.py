@@ -130,8 +130,8 @@ def fate_by_size(
     kept = torch.cat([survivors(step, s) for s in samples])
     group = torch.bucketize(sides, torch.tensor(edges, dtype=torch.float32), right=True)
     names = 'small', 'medium', 'large'
-    return {n: ((group == i).sum().item(), (kept & (group == i)).sum().item()) for i,
-            n in enumerate(names)}
+    return {n: ((group == i).sum().item(), (kept & (group == i)).sum().item())
+            for i,n in enumerate(names)}
 
 def draw_fate(
     ax,           # matplotlib axes
