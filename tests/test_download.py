@@ -362,7 +362,7 @@ def test_process_is_killed_in_the_middle(shelf, tmp_path, how):
     "What had arrived is there, no file of the name, no lock; the next process goes on."
     url = shelf.set(dict(slow=.1, step=4000)); p = start(url, tmp_path/'a.bin')
     part = Partial(tmp_path/'a.bin')
-    for _ in range(600):
+    for _ in range(3000):
         if part.have > 20_000: break
         time.sleep(.02)
     p.send_signal(how); p.communicate(timeout=60); have = part.have
