@@ -90,8 +90,10 @@ def watch_layers(
         t.inside -= 1
         sources,given = t.sources((args, kwargs)),[x for x in tree_leaves(out) if torch.is_tensor(x)]
         if t.inside or not sources: return
+        same = args[0].shape if args and torch.is_tensor(args[0]) else None
+        passes_on = not list(m.parameters()) and not isinstance(m, POOLS)
         for i,x in enumerate(given):
-            quiet = x.shape == args[0].shape and not list(m.parameters()) and not isinstance(m, POOLS)
+            quiet = passes_on and x.shape == same
             name = steps[m] if len(given) == 1 else f'{steps[m]} {i}'
             if quiet: t.call(x, sources[0])
             else: t.add(x, type(m).__name__, sources, name)
@@ -147,7 +149,10 @@ def place_nodes(
     "A column for each step in time, a row for each size of map, the finest below."
     before = {n: [a for a,b in t.edges if b == n] for n in t.nodes}
     column = {}                                          # nodes stand in the order of their making
-    for n in t.nodes: column[n] = 1 + max((column[a] for a in before[n]), default=-1)
+    for n in t.nodes:
+        if any(a not in column for a in before[n]):
+            raise ValueError(f'{n!r} stands before and behind another box; choose smaller groups')
+        column[n] = 1 + max((column[a] for a in before[n]), default=-1)
     size = {n: cells_of(shape) for n,(_,shape) in t.nodes.items()}
     heights = sorted(set(size.values()), reverse=True)
     row = {n: heights.index(s) for n,s in size.items()}
