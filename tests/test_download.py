@@ -353,7 +353,8 @@ CODE = ('import sys; from detlearn.data.download import download; download(sys.a
         'wait=0, say=print)')
 
 def start(url, path):
-    return subprocess.Popen([sys.executable, '-c', CODE, url, str(path)],
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)         # a background shell ignores it
+    return subprocess.Popen([sys.executable, '-c', CODE, url, str(path)], preexec_fn=heard,
                             env=dict(os.environ, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE,
                             text=True)
 
