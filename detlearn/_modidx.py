@@ -232,6 +232,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                                             'detlearn/backbones/efficientnet.py'),
                                                  'detlearn.backbones.efficientnet.check_layers': ( '04_backbones/efficientnet.html#check_layers',
                                                                                                    'detlearn/backbones/efficientnet.py'),
+                                                 'detlearn.backbones.efficientnet.has_lite_weights': ( '04_backbones/efficientnet.html#has_lite_weights',
+                                                                                                       'detlearn/backbones/efficientnet.py'),
                                                  'detlearn.backbones.efficientnet.lite_name': ( '04_backbones/efficientnet.html#lite_name',
                                                                                                 'detlearn/backbones/efficientnet.py'),
                                                  'detlearn.backbones.efficientnet.make_block': ( '04_backbones/efficientnet.html#make_block',

