@@ -143,7 +143,7 @@ def test_ctrl_c_saves_and_resume_goes_on(toys, tmp_path):
     for line in p.stdout:
         text += line
         if line.startswith('Epoch [2][1/4]'): p.send_signal(signal.SIGINT)
-    err = p.stderr.read(); assert p.wait(timeout=120) == 130, (text, err)
+    err = p.stderr.read(); assert p.wait(timeout=400) == 130, (text, err)
     assert ('Traceback' not in err and (work/'interrupted.pth').exists()
             and not (work/'metrics.json').exists())
     command = re.search('resume with: detlearn (.*)', text)[1]

@@ -366,10 +366,10 @@ def test_process_is_killed_in_the_middle(shelf, tmp_path, how):
     for _ in range(3000):
         if part.have > 20_000: break
         time.sleep(.02)
-    p.send_signal(how); p.communicate(timeout=60); have = part.have
+    p.send_signal(how); p.communicate(timeout=400); have = part.have
     assert (20_000 < have < len(DATA) and not (tmp_path/'a.bin').exists()
             and part.version['total'] == len(DATA))
-    shelf.set(); p = start(url, tmp_path/'a.bin'); err = p.communicate(timeout=60)[1]
+    shelf.set(); p = start(url, tmp_path/'a.bin'); err = p.communicate(timeout=400)[1]
     assert p.returncode == 0, err
     assert (tmp_path/'a.bin').read_bytes() == DATA and shelf.log == [(have, len(DATA) - have)]
     assert sorted(f.name for f in tmp_path.iterdir()) == ['a.bin', 'a.bin.sha256']

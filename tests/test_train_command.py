@@ -42,7 +42,7 @@ def train(folder, toys, photos, command=ONE, at=None, then=None, settings=SETTIN
         for line in p.stdout:
             out += line
             if at and line.startswith(at): then(p); at = None
-        return p.wait(timeout=100), out
+        return p.wait(timeout=400), out
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
 
@@ -141,7 +141,7 @@ def test_a_stopped_run_is_taken_up_by_the_command_that_it_prints(tmp_path, toys,
     assert command.startswith('--nproc_per_node 2 -m detlearn.apis.cli train')
     p = start([sys.executable, '-m', 'torch.distributed.run', '--master-port', str(free_port())],
               *shlex.split(command))
-    out, _ = p.communicate(timeout=120)
+    out, _ = p.communicate(timeout=400)
     assert p.returncode == 0 and re.search(r'resumed from \S+interrupted.pth', out), out
     assert apart(outcome(folder)[0], one[0]) < 1e-5
 
@@ -185,7 +185,7 @@ def test_a_stopped_command_goes_on_exactly(tmp_path, toys, rich, sign, status):
     else:
         assert (folder/'interrupted.pth').exists()
         words = shlex.split(re.search('resume with: detlearn (.*)', out)[1])
-    p = start(ONE, *words); out, _ = p.communicate(timeout=120)
+    p = start(ONE, *words); out, _ = p.communicate(timeout=400)
     assert p.returncode == 0 and 'resumed from' in out, out
     back = torch.load(folder/'epoch_5.pth', weights_only=True)
     # the work directory stands in the config
@@ -198,7 +198,7 @@ def test_a_stopped_command_goes_on_exactly(tmp_path, toys, rich, sign, status):
 
 def wrong(*starts, **kw):
     runs = [start(ONE, *words, **env) for env, *words in starts]
-    said = [p.communicate(timeout=100)[0] for p in runs]
+    said = [p.communicate(timeout=400)[0] for p in runs]
     assert [p.returncode for p in runs] == [2]*len(runs), said
     assert not any('Traceback' in s for s in said), said
     return said
@@ -233,7 +233,7 @@ def test_two_configs(tmp_path, toys):
 def test_a_wrong_config_is_told(tmp_path, toys):
     p = start(many(2), 'train', 'toy/retinanet_demo', '--data', toys, '--work-dir', tmp_path/'w',
               '--set', 'model.bbox_head.num_clases=3')
-    out, _ = p.communicate(timeout=100)
+    out, _ = p.communicate(timeout=400)
     # the tracebacks are torchrun's own
     assert (p.returncode == 1 and "detlearn train: " in out and "did you mean 'num_classes'" in out
             and str(ROOT/'detlearn') not in out), out
