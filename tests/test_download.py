@@ -1,8 +1,10 @@
 "Downloads from a server of the tests' own that drops, lies, changes and refuses; archives that attack; the real sets in small."
-import contextlib, gzip, hashlib, io, json, os, shutil, signal, socket, stat, subprocess, sys, tarfile, threading, time, zipfile
+import contextlib, gzip, hashlib, io, json, os, shutil, signal, socket, stat, subprocess, sys, tarfile
+import threading, time, zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -23,6 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()
 OTHER = DATA[:50_000] + bytes(150_000)
 sha = lambda data: hashlib.sha256(data).hexdigest()
+PATIENCE = 300  # seconds until a wait is given up; no test that passes takes so long
+
+def until(what):
+    "Wait for something that happens for certain; no test asks how long it took."
+    end = time.monotonic() + PATIENCE
+    while not (found := what()):
+        assert time.monotonic() < end, 'it never happened'
+        time.sleep(.005)
+    return found
+
+@contextlib.contextmanager
+def held_back(n):
+    "For `server.plan`: `n` bytes are sent, and no more before the end of this context."
+    gate = threading.Event()
+    try: yield dict(hold=n, gate=gate)
+    finally: gate.set()
 
 
 # ---- the server
@@ -53,19 +71,25 @@ class Handler(BaseHTTPRequestHandler):
         if todo.get('chunked'): self.send_header('Transfer-Encoding', 'chunked')
         elif length is not None: self.send_header('Content-Length', str(length))
         self.send_header('Connection', 'close'); self.close_connection = True; self.end_headers()
-        time.sleep(todo.get('hang', 0)); self.send(sent, todo)
+        self.send(sent, todo)
 
     def send(self, data, todo):
+        held = todo.get('hold', len(data))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            step = todo.get('step', 2**15)
-            for i in range(0, len(data), step):
-                piece = data[i:i+step]; time.sleep(todo.get('slow', 0))
-                self.wfile.write(b'%x\r\n%s\r\n' % (len(piece), piece) if todo.get('chunked') else piece)
-                self.wfile.flush()
+            self.send_pieces(data[:held], todo)
+            if 'hold' in todo: todo['gate'].wait(PATIENCE)     # until the test lets it go on
+            self.send_pieces(data[held:], todo)
             if todo.get('chunked') and 'drop' not in todo: self.wfile.write(b'0\r\n\r\n')
             if todo.get('reset'):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
                 self.connection.close()
+
+    def send_pieces(self, data, todo):
+        step = todo.get('step', 2**15)
+        for i in range(0, len(data), step):
+            piece = data[i:i+step]
+            self.wfile.write(b'%x\r\n%s\r\n' % (len(piece), piece) if todo.get('chunked') else piece)
+            self.wfile.flush()
 
     def refuse(self, status, headers):
         self.server.log.append((self.path, status, 0)); self.send_response(status)
@@ -95,10 +119,11 @@ class Shelf:
     def log(self): return [(first, n) for _, first, n in self.http.log]
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='module', autouse=True)
 def shelf():
-    os.environ['no_proxy'] = '127.0.0.1'
-    s = Shelf(); yield s; s.http.shutdown(); s.http.server_close()
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('no_proxy', '*')                        # also where the machine goes through a proxy
+        s = Shelf(); yield s; s.http.shutdown(); s.http.server_close()
 
 
 def get(url, folder, sha256=sha(DATA), **kw):
@@ -192,11 +217,11 @@ def test_500_then_200(shelf, tmp_path):
                                                'status 503: Service Unavailable']
 
 def test_waits_are_doubled(shelf, tmp_path, monkeypatch):
-    waits = []; monkeypatch.setattr(downloads.time, 'sleep', waits.append)
+    waits = []; monkeypatch.setattr(downloads, 'time', SimpleNamespace(sleep=waits.append))
     get(shelf.set(*[dict(status=503)]*4), tmp_path, wait=.5)
-    assert [w for w in waits if w] == [.5, 1, 2, 4]
+    assert waits == [.5, 1, 2, 4]
     waits.clear(); (tmp_path/'a.bin').unlink()
-    get(shelf.set(dict(status=429, headers={'Retry-After': '7'})), tmp_path, wait=1); assert 7 in waits
+    get(shelf.set(dict(status=429, headers={'Retry-After': '7'})), tmp_path, wait=1); assert waits == [7]
 
 def test_redirect(shelf, tmp_path):
     url = shelf.set(dict(status=302, headers={'Location': '/b.bin'}), dict(drop=70_000),
@@ -228,8 +253,14 @@ def test_403(shelf, tmp_path):
 def test_always_500(shelf, tmp_path):
     fails(shelf.set(*[dict(status=500)]*9), tmp_path, 'status 500', tries=3); assert len(shelf.log) == 3
 
-def test_no_network(tmp_path):
-    fails('http://127.0.0.1:9/a.bin', tmp_path, 'no answer', 'is there a network?')
+def test_no_network(tmp_path, monkeypatch):
+    "A port where nobody listens; a name that nobody knows (no real name server is asked: some lie)."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        fails(f'http://127.0.0.1:{s.getsockname()[1]}/a.bin', tmp_path, 'no answer',
+              'is there a network?')
+    def unknown(*a, **kw): raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
     fails('http://no.such.host.invalid/a.bin', tmp_path, 'no answer', 'is there a network?')
 
 def test_other_schemes(shelf, tmp_path):
@@ -305,8 +336,8 @@ def test_empty_answers(shelf, tmp_path):
     fails(shelf.set(dict(status=204)), tmp_path, 'an empty file')
 
 def test_hanging_server(shelf, tmp_path):
-    start = time.time(); fails(shelf.set(*[dict(hang=3)]*2), tmp_path, 'timed out', timeout=.2)
-    assert time.time() - start < 2.5
+    "It answers, and then sends nothing for as long as anybody waits."
+    with held_back(0) as todo: fails(shelf.set(todo, todo), tmp_path, 'timed out', timeout=.2)
 
 def test_not_http(tmp_path):
     s = socket.create_server(('127.0.0.1', 0))
@@ -341,35 +372,36 @@ def test_folder_in_the_way(shelf, tmp_path):
         download(shelf.set(), tmp_path/'a.bin')
 
 def test_two_at_once(shelf, tmp_path):
-    url = shelf.set(dict(slow=.05)); first = threading.Thread(target=lambda: get(url, tmp_path))
-    first.start()
-    for _ in range(200):
-        if Partial(tmp_path/'a.bin').have: break
-        time.sleep(.01)
-    with pytest.raises(DownloadError, match='another process is at work'): get(url, tmp_path)
-    first.join(); assert (tmp_path/'a.bin').read_bytes() == DATA
+    with held_back(1000) as todo:
+        url = shelf.set(todo)
+        first = threading.Thread(target=lambda: get(url, tmp_path, timeout=PATIENCE)); first.start()
+        until(lambda: shelf.log)                         # it has asked, so it holds the lock
+        with pytest.raises(DownloadError, match='another process is at work'): get(url, tmp_path)
+    first.join(); assert (tmp_path/'a.bin').read_bytes() == DATA and shelf.log == [(0, len(DATA))]
 
-CODE = ('import sys; from detlearn.data.download import download; download(sys.argv[1], sys.argv[2], '
-        'wait=0, say=print)')
+def start(code, *args):
+    "A process of its own, that hears Ctrl-C also where the shell in the background ignores it."
+    hears = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n'
+    return subprocess.Popen([sys.executable, '-c', hears + code, *map(str, args)], text=True,
+                            env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
-def start(url, path):
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)         # a background shell ignores it
-    return subprocess.Popen([sys.executable, '-c', CODE, url, str(path)], preexec_fn=heard,
-                            env=dict(os.environ, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE,
-                            text=True)
+FETCH = f'''import sys
+from detlearn.data.download import download
+download(*sys.argv[1:], wait=0, timeout={PATIENCE}, say=print)'''
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
 def test_process_is_killed_in_the_middle(shelf, tmp_path, how):
     "What had arrived is there, no file of the name, no lock; the next process goes on."
-    url = shelf.set(dict(slow=.1, step=4000)); p = start(url, tmp_path/'a.bin')
     part = Partial(tmp_path/'a.bin')
-    for _ in range(3000):
-        if part.have > 20_000: break
-        time.sleep(.02)
-    p.send_signal(how); p.communicate(timeout=400); have = part.have
-    assert (20_000 < have < len(DATA) and not (tmp_path/'a.bin').exists()
-            and part.version['total'] == len(DATA))
-    shelf.set(); p = start(url, tmp_path/'a.bin'); err = p.communicate(timeout=400)[1]
+    with held_back(150_000) as todo:                     # more than Python keeps in its own hands
+        p = start(FETCH, shelf.set(todo), tmp_path/'a.bin')
+        until(lambda: part.have or p.poll() is not None)
+        p.send_signal(how); err = p.communicate()[1]; have = part.have
+    assert p.returncode == -how, err
+    assert 0 < have <= 150_000 and not (tmp_path/'a.bin').exists()
+    assert part.version['total'] == len(DATA)
+    shelf.set(); p = start(FETCH, shelf.url('a.bin'), tmp_path/'a.bin'); err = p.communicate()[1]
     assert p.returncode == 0, err
     assert (tmp_path/'a.bin').read_bytes() == DATA and shelf.log == [(have, len(DATA) - have)]
     assert sorted(f.name for f in tmp_path.iterdir()) == ['a.bin', 'a.bin.sha256']
@@ -560,20 +592,23 @@ def test_folder_is_new(tmp_path):
     with pytest.raises(FileNotFoundError, match='no such archive'):
         extract(tmp_path/'b.zip', tmp_path/'x')
 
+STOP = f'''import sys, time
+from detlearn.data import extract as archives
+class StopsInTheFifth(archives.Meter):
+    def write(self, n):
+        if self.files == 5: print('now', flush=True); time.sleep({PATIENCE})
+archives.Meter = StopsInTheFifth
+archives.extract(*sys.argv[1:])'''
+
 def test_unpacking_is_killed(tmp_path):
     "No folder of the name; the next call removes what was left."
-    archive = make_tar(tmp_path/'a.tar', *[(f'{i}.jpg', b'x'*200_000) for i in range(400)])
-    code = 'import sys; from detlearn.data.extract import extract; extract(*sys.argv[1:])'
-    p = subprocess.Popen([sys.executable, '-c', code, archive, str(tmp_path/'set')],
-                         env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    work = tmp_path/'.set.unpacking'
-    for _ in range(6000):
-        if work.is_dir() and len(os.listdir(work)) > 3 or p.poll() is not None: break
-        time.sleep(.005)
-    p.kill(); p.wait()
-    if not (tmp_path/'set').exists():
-        assert work.is_dir() and len(os.listdir(work)) < 400; extract(archive, tmp_path/'set')
-    assert len(os.listdir(tmp_path/'set')) == 400 and sorted(os.listdir(tmp_path)) == ['a.tar', 'set']
+    archive = make_tar(tmp_path/'a.tar', *[(f'{i}.jpg', b'x'*2000) for i in range(40)])
+    p = start(STOP, archive, tmp_path/'set'); said = p.stdout.readline()
+    p.kill(); assert said == 'now\n', p.communicate()[1]
+    p.communicate(); work = tmp_path/'.set.unpacking'
+    assert sorted(os.listdir(work)) == [f'{i}.jpg' for i in range(5)] and not (tmp_path/'set').exists()
+    extract(archive, tmp_path/'set')
+    assert len(os.listdir(tmp_path/'set')) == 40 and sorted(os.listdir(tmp_path)) == ['a.tar', 'set']
 
 def test_disk_full_while_unpacking(tmp_path, monkeypatch):
     def full(*a): raise OSError(28, 'No space left on device')
