@@ -52,8 +52,10 @@ def shown_image(
     if norm is None: return (image/255).clamp(0, 1)
     mean,std = [torch.as_tensor(norm[k])[:, None, None] for k in ('mean', 'std')]
     image = ((image*std + mean)/255).clamp(0, 1)
-    return image if norm['to_rgb'] else image.flip(0)
+    rgb = norm['to_rgb'] == (results.get('channel_order', 'bgr') == 'bgr')  # as in `Normalize`
+    return image if rgb else image.flip(0)
 
+# %% ../../nbs/02_data/04a_strip.ipynb #7030f18d
 def draw_sample(
     ax,           # matplotlib axes
     results:dict, # of a pipeline
@@ -61,11 +63,12 @@ def draw_sample(
 ):
     "Image, masks, boxes, crowds (dotted), and the photo's frame (dashed)."
     show_image(ax, shown_image(results), title)
+    ax.set_anchor('N')
     labels = results.get('gt_labels')
     if 'gt_masks' in results: draw_masks(ax, plain(results['gt_masks']), labels, alpha=.45)
     if 'gt_bboxes' in results: draw_labels(ax, plain(results['gt_bboxes']), labels)
-    for box in results.get('gt_bboxes_ignore', ()): draw_labels(ax, plain(box)[None], ls=':',
-        colours=['w'])
+    crowds = plain(results.get('gt_bboxes_ignore', torch.zeros(0, 4)))
+    draw_labels(ax, crowds, colours=['w']*len(crowds), ls=':')
     if 'ori_shape' in results: ax.plot(*photo_frame(results).T, '--', color='w', lw=1)
 
 # %% ../../nbs/02_data/04a_strip.ipynb #a5c9fb2f
@@ -88,15 +91,17 @@ def matrix_text(
     "The two rows of a matrix that say something."
     return '\n'.join(' '.join(f'{v:7.2f}' for v in row) for row in matrix[:2].tolist())
 
+# %% ../../nbs/02_data/04a_strip.ipynb #b16a8dd6
 def draw_stages(
     stages:list,      # of `after_each`
-    side:float=1.9,   # width of a picture, inches
+    side:float=1.9,   # width of the widest picture, inches
 )->plt.Figure:        # one row of pictures
-    "Pictures side by side, each over its matrix."
-    tall = max(s['img'].shape[-2]/s['img'].shape[-1] for _,s in stages)
-    fig,axs = plt.subplots(1, len(stages), figsize=(side*len(stages), side*tall + .75), squeeze=False)
+    "Pictures side by side in one scale, each over its matrix."
+    h,w = [max(s['img'].shape[k] for _,s in stages) for k in (-2, -1)]
+    fig,axs = plt.subplots(1, len(stages), figsize=(side*len(stages), side*h/w + .75), squeeze=False)
     for ax,(name,s) in zip(axs[0], stages):
         draw_sample(ax, s, name)
+        ax.set(xlim=(0, w), ylim=(h, 0))
         ax.set_xlabel(matrix_text(s['matrix']), family='monospace', size=6, labelpad=4)
     return fig
 
@@ -133,6 +138,7 @@ def fate_by_size(
     return {n: ((group == i).sum().item(), (kept & (group == i)).sum().item())
             for i,n in enumerate(names)}
 
+# %% ../../nbs/02_data/04a_strip.ipynb #f531641d
 def draw_fate(
     ax,           # matplotlib axes
     fate:dict,    # of `fate_by_size`
