@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 from ..core.boxes import box_iou
 from ..core.registry import PIPELINES
 from .transforms import hwc, move, plain
@@ -26,14 +25,15 @@ def view(
     fill=0,      # what is seen there: a number, or one a channel
 )->Tensor:       # `(..., y2-y1, x2-x1)`, same kind
     "What is seen through a window."
-    (h,w),(x1,y1,x2,y2) = image.shape[-2:],window
-    left,top = min(max(x1, 0), w),min(max(y1, 0), h)
-    right,low = max(min(x2, w), left),max(min(y2, h), top)
-    room = [left-x1, top-y1, x2-right, y2-low] if right > left else [x2-x1, 0, 0, 0]
-    part = F.crop(image, top, left, low-top, right-left)
-    if not any(room): return part
-    return F.pad(part, room, fill=list(fill) if isinstance(fill, (tuple, list)) else fill)
+    old,(h,w),(x1,y1,x2,y2) = plain(image),image.shape[-2:],window
+    out = old.new_empty(*old.shape[:-2], y2-y1, x2-x1)
+    out[:] = torch.as_tensor(fill, dtype=old.dtype)[..., None, None]
+    left,top,right,low = max(x1, 0),max(y1, 0),min(x2, w),min(y2, h)  # where window and image meet
+    if left < right and top < low:
+        out[..., top-y1:low-y1, left-x1:right-x1] = old[..., top:low, left:right]
+    return tv_tensors.wrap(out, like=image)
 
+# %% ../../nbs/02_data/04b_crops.ipynb #f79b3c94
 def shift_matrix(
     dx,      # pixels to the right
     dy,      # pixels down
@@ -262,9 +262,9 @@ def border_of(
     size:int,   # side of the image
 )->int:         # `border` divided by a power of two, less than half of `size`
     "How near to the edge the centre may come."
-    k = 2*border/size
-    halvings = np.ceil(np.log2(np.ceil(k))) + (k == int(k))
-    return int(border // 2**halvings)
+    share = 1
+    while share*size <= 2*border: share *= 2
+    return border//share
 
 def centred(
     center,     # x, y, whole pixels
@@ -324,11 +324,11 @@ class RandomCenterCropPad:
     )->dict:          # with the objects whose centre lies in the window
         "A window, drawn until the centre of an object lies in it."
         (h,w),boxes = results['img'].shape[-2:],plain(results['gt_bboxes'])
+        near = border_of(self.border, w),border_of(self.border, h)
         while True:
             ratio = self.ratios[np.random.randint(len(self.ratios))]
             size = tuple(int(v*ratio) for v in self.crop_size)
             for _ in range(50):
-                near = border_of(self.border, w),border_of(self.border, h)
                 center = [np.random.randint(b, v-b) for b,v in zip(near, (w, h))]
                 window = centred(center, size)
                 if not len(boxes) or centre_inside(window)(boxes).any(): return self.cut(results, window)
