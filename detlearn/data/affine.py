@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warp', 'warp_all', 'touches', 'affine_matrix', 'still_useful', 'RandomAffine', 'RandomShift', 'of_level', 'LevelWarp',
-           'Shear', 'Rotate', 'Translate']
+           'checked_direction', 'Shear', 'Rotate', 'Translate']
 
 # %% ../../nbs/02_data/04c_affine.ipynb #cef21187
 import math
@@ -127,7 +127,7 @@ class RandomAffine:
         return out
 
     def draw(self)->tuple: # degrees, scale, shears, shifts as shares
-        "Draw the turn of one image."
+        "Draw the warp of one image."
         between = np.random.uniform
         return (between(-self.degree, self.degree), between(*self.scaling_ratio_range),
                 between(-self.shear, self.shear, 2), between(-self.translate, self.translate, 2))
@@ -163,8 +163,8 @@ def of_level(
     return level/10*most
 
 class LevelWarp:
-    "What `Shear`, `Rotate` and `Translate` have in common."
-    seg_ignore_label,min_size = 255,0
+    "What `Shear`, `Rotate` and `Translate` have in common; each sets `strength` and has a `matrix`."
+    min_size = 0
     def set_up(self,
         img_fill_val,                # a number, or one a channel
         seg_ignore_label,            # of semantic maps
@@ -186,6 +186,13 @@ class LevelWarp:
         out = warp_all(results, self.matrix(strength, size), size, fill, self.seg_ignore_label)
         return keep_objects(out, larger_than(self.min_size))
 
+def checked_direction(
+    direction:str, # 'horizontal' or 'vertical', else `ValueError`
+)->str:            # the same
+    "One of the two directions of a level step."
+    if direction in ('horizontal', 'vertical'): return direction
+    raise ValueError(f"direction={direction!r}: expected 'horizontal' or 'vertical'.")
+
 # %% ../../nbs/02_data/04c_affine.ipynb #1965a218
 @PIPELINES.register_module()
 class Shear(LevelWarp):
@@ -201,9 +208,8 @@ class Shear(LevelWarp):
         interpolation:str='bilinear',  # accepted; images are always bilinear
     ):
         self.set_up(img_fill_val, seg_ignore_label, prob, random_negative_prob)
-        self.strength,self.direction = of_level(level, max_shear_magnitude),direction
-        if direction not in ('horizontal', 'vertical'):
-            raise ValueError(f"direction={direction!r}: expected 'horizontal' or 'vertical'.")
+        self.strength = of_level(level, max_shear_magnitude)
+        self.direction = checked_direction(direction)
 
     def matrix(self,
         strength:float, # pixels a pixel
@@ -238,6 +244,7 @@ class Rotate(LevelWarp):
         x,y = (size[1]/2, size[0]/2) if self.center is None else [v + .5 for v in self.center]
         return shift_matrix(x, y) @ affine_matrix(strength, self.scale) @ shift_matrix(-x, -y)
 
+# %% ../../nbs/02_data/04c_affine.ipynb #ca991c19
 @PIPELINES.register_module()
 class Translate(LevelWarp):
     "Move the image."
@@ -253,9 +260,7 @@ class Translate(LevelWarp):
     ):
         self.set_up(img_fill_val, seg_ignore_label, prob, random_negative_prob)
         self.strength,self.min_size = int(of_level(level, max_translate_offset)),min_size
-        self.direction = direction
-        if direction not in ('horizontal', 'vertical'):
-            raise ValueError(f"direction={direction!r}: expected 'horizontal' or 'vertical'.")
+        self.direction = checked_direction(direction)
 
     def matrix(self,
         strength:int, # pixels
