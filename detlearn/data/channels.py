@@ -58,7 +58,6 @@ class LoadImageFromWebcam(LoadImageFromFile):
         image = torch.as_tensor(results['img'])
         if image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f'LoadImageFromWebcam: the image has shape {tuple(image.shape)}, expected '
-                             '(height, width, 3), '
-                             'blue, green, red.')
+                             '(height, width, 3): blue, green, red.')
         rgb = plain(image if self.channel_order == 'rgb' else image.flip(-1)).permute(2, 0, 1)
         return noted(results, rgb.float() if self.to_float32 else rgb, None, None, self.channel_order)
