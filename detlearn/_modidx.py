@@ -1143,6 +1143,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                  'detlearn/data/affine.py'),
                                       'detlearn.data.affine.affine_matrix': ( '02_data/affine.html#affine_matrix',
                                                                               'detlearn/data/affine.py'),
+                                      'detlearn.data.affine.checked_direction': ( '02_data/affine.html#checked_direction',
+                                                                                  'detlearn/data/affine.py'),
                                       'detlearn.data.affine.of_level': ('02_data/affine.html#of_level', 'detlearn/data/affine.py'),
                                       'detlearn.data.affine.still_useful': ('02_data/affine.html#still_useful', 'detlearn/data/affine.py'),
                                       'detlearn.data.affine.touches': ('02_data/affine.html#touches', 'detlearn/data/affine.py'),

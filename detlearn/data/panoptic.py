@@ -82,6 +82,9 @@ class CocoPanopticDataset(CocoDataset):
     ):
         self.ins_ann_file = ins_ann_file
         super().__init__(ann_file, pipeline, **kw)
+        if len(self.CLASSES) > 255:
+            raise ValueError(f'{ann_file}: {len(self.CLASSES)} classes, and a map of bytes holds 255. '
+                             'Choose some with classes=[...].')
 
     def to_lists(self,
         found, # of `load_annotations`
