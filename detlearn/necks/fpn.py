@@ -35,7 +35,7 @@ def top_down(
 )->list:           # same shapes
     "Add each map to the next finer one, from the coarsest down."
     maps = list(laterals)
-    for i in range(len(maps)-1, 0, -1):             # into the fresh map: one less to write
+    for i in range(len(maps)-1, 0, -1):       # `add_`: the enlarged map is new, nobody else has it
         maps[i-1] = upsampled(maps[i], maps[i-1], upsample_cfg).add_(maps[i-1])
     return maps
 
@@ -81,8 +81,8 @@ def extra_channels(
     out_channels:int, # of each output
 )->list:              # channels that each extra convolution reads; none without a mode
     "What the extra convolutions read: each but the first, the extra level before it."
-    first = last if mode == 'on_input' else out_channels
-    return ([first] + [out_channels]*(extras-1))*(extras > 0 and mode != '')
+    if extras < 1 or not mode: return []
+    return [last if mode == 'on_input' else out_channels] + [out_channels]*(extras-1)
 
 # %% ../../nbs/05_necks/01_fpn.ipynb #9fc06094
 @NECKS.register_module()
@@ -94,11 +94,11 @@ class FPN(nn.Module):
         num_outs:int,                  # number of outputs
         start_level:int=0,             # first map that is used
         end_level:int=-1,              # last map that is used; -1: all
-        add_extra_convs=False,         # how levels beyond the backbone's are made
+        add_extra_convs=False,         # how further levels are made, see `extra_mode`
         relu_before_extra_convs=False, # activation before extra convolutions
         no_norm_on_lateral=False,      # norm only in the smoothing convolutions
         conv_cfg=None, norm_cfg=None, act_cfg=None, # recipes of the convolutions
-        upsample_cfg=dict(mode='nearest'), # see `top_down`
+        upsample_cfg=dict(mode='nearest'), # see `upsampled`
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
         super().__init__()
