@@ -1502,6 +1502,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                             'detlearn/data/instaboost.py'),
                                           'detlearn.data.instaboost.InstaBoost.draw': ( '02_data/instaboost.html#instaboost.draw',
                                                                                         'detlearn/data/instaboost.py'),
+                                          'detlearn.data.instaboost.check_actions': ( '02_data/instaboost.html#check_actions',
+                                                                                      'detlearn/data/instaboost.py'),
                                           'detlearn.data.instaboost.fill_hole': ( '02_data/instaboost.html#fill_hole',
                                                                                   'detlearn/data/instaboost.py'),
                                           'detlearn.data.instaboost.frame_colour': ( '02_data/instaboost.html#frame_colour',

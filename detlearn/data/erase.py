@@ -28,6 +28,9 @@ def check_holes(
     if not 0 <= low <= high: raise ValueError(f'n_holes={n_holes}: expected a number, or (low, high).')
     sizes = cutout_ratio if cutout_shape is None else cutout_shape
     sizes = sizes if isinstance(sizes, list) else [sizes]
+    if not all(isinstance(s, (tuple, list)) and len(s) == 2 for s in sizes):
+        raise ValueError(f'CutOut: {sizes} is no list of sizes. Write (width, height), or a list of '
+                         'such pairs.')
     if cutout_shape is None and not all(0 <= v <= 1 for s in sizes for v in s):
         raise ValueError(f'cutout_ratio={cutout_ratio}: expected shares of width and height, 0 to 1.')
     return sizes
