@@ -17,8 +17,8 @@ def looked_for(
     "Which classes can be judged in which image."
     if coco['images'] and not any('neg_category_ids' in im for im in coco['images']):
         raise ValueError('no image has neg_category_ids, so nobody knows where classes were looked for '
-                         'in vain: this is no '
-                         "federated data set like LVIS. Measure it by COCO's rule, with `evaluate`.")
+                         'in vain: this is no federated data set like LVIS. '
+                         "Measure it by COCO's rule, with `evaluate`.")
     lists = lambda im, key: set(im.get(key) or ())
     facts = {im['id']: (lists(im, 'neg_category_ids'), lists(im, 'not_exhaustive_category_ids'))
              for im in coco['images']}
