@@ -3624,6 +3624,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                        'detlearn/evaluation/voc_map.py'),
                                              'detlearn.evaluation.voc_map.average_precision': ( '13_evaluation/voc_map.html#average_precision',
                                                                                                 'detlearn/evaluation/voc_map.py'),
+                                             'detlearn.evaluation.voc_map.best_in_group': ( '13_evaluation/voc_map.html#best_in_group',
+                                                                                            'detlearn/evaluation/voc_map.py'),
                                              'detlearn.evaluation.voc_map.best_pairs_of': ( '13_evaluation/voc_map.html#best_pairs_of',
                                                                                             'detlearn/evaluation/voc_map.py'),
                                              'detlearn.evaluation.voc_map.eval_class': ( '13_evaluation/voc_map.html#eval_class',
