@@ -28,6 +28,7 @@ def add_mean(
 @CONV_LAYERS.register_module()
 class SAC(ConvAWS):
     "A near and a wide look, mixed by a switch at each place (Qiao et al., 2020)."
+    pads_itself = True         # the two looks have borders of two widths
     def __init__(self,
         in_channels:int,   # of the input
         out_channels:int,  # of the output
@@ -37,8 +38,10 @@ class SAC(ConvAWS):
         groups:int=1,      # of both looks
         bias:bool=True,    # accepted; the looks use none
         use_deform:bool=False, # both looks are deformable
+        padding_mode='zeros',  # of both looks: or `'reflect'`, `'replicate'`, `'circular'`
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                         padding_mode=padding_mode)
         self.use_deform = use_deform
         self.switch = nn.Conv2d(in_channels, 1, 1, stride)
         self.weight_diff = nn.Parameter(torch.zeros_like(self.weight))
@@ -63,6 +66,8 @@ class SAC(ConvAWS):
     )->Tensor:     # `(B, C_out, H', W')`
         "One look: `times` the padding and the holes."
         pad,holes = [tuple(times*v for v in p) for p in (self.padding, self.dilation)]
+        if self.padding_mode != 'zeros':
+            x,pad = F.pad(x, (pad[1], pad[1], pad[0], pad[0]), mode=self.padding_mode),(0, 0)
         if self.use_deform: return deform_conv2d(x, offset(near_mean), weight, self.stride, pad, holes)
         return F.conv2d(x, weight, None, self.stride, pad, holes, self.groups)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONV_LAYERS', 'NORM_LAYERS', 'ACTIVATION_LAYERS', 'PADDING_LAYERS', 'SETTINGS', 'HSigmoid', 'Clamp', 'look_up',
            'build_conv_layer', 'build_padding_layer', 'infer_abbr', 'build_norm_layer', 'build_activation_layer',
-           'start_brick', 'brick_norm', 'ConvModule']
+           'start_brick', 'brick_norm', 'brick_padding', 'upgrade_parts', 'ConvModule']
 
 # %% ../../nbs/03_layers/01_conv_module.ipynb #14de37bb
 import importlib, inspect, warnings
@@ -165,6 +165,28 @@ def brick_norm(
     first = order.index('norm') < order.index('conv')
     return build_norm_layer(norm_cfg, in_channels if first else out_channels)
 
+# %% ../../nbs/03_layers/01_conv_module.ipynb #c0e8bd42
+def brick_padding(
+    conv_cfg,     # recipe of the convolution
+    padding,      # pixels, number or pair
+    padding_mode, # see `ConvModule`
+)->tuple:         # `(settings of the convolution, layer that pads before it or None)`
+    "Who pads: the convolution, or a layer before it."
+    if padding_mode == 'zeros': return dict(padding=padding),None
+    cls,_ = look_up(CONV_LAYERS, dict(type='Conv2d') if conv_cfg is None else conv_cfg, 'conv_cfg')
+    if getattr(cls, 'pads_itself', False): return dict(padding=padding, padding_mode=padding_mode),None
+    return dict(padding=0),build_padding_layer(dict(type=padding_mode), padding)
+
+# %% ../../nbs/03_layers/01_conv_module.ipynb #01f93cf2
+def upgrade_parts(
+    module:nn.Module, # its parts may have an `upgrade_state`
+    state:dict,       # names and tensors, changed in place
+    prefix='',        # of the module in the state, with its dot
+):
+    "Let each part rename or complete what an older file has of it."
+    for name,part in module.named_modules(prefix=prefix[:-1]):
+        if hasattr(part, 'upgrade_state'): part.upgrade_state(state, f'{name}.' if name else '')
+
 # %% ../../nbs/03_layers/01_conv_module.ipynb #a3c83096
 SETTINGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups', 'transposed',
             'output_padding')   # of a convolution, readable from the brick
@@ -196,11 +218,10 @@ class ConvModule(nn.Module):
         self.order,self.padding = tuple(order),padding
         self.with_norm,self.with_activation = norm_cfg is not None,act_cfg is not None
         self.with_bias = not self.with_norm if bias == 'auto' else bias
-        self.with_explicit_padding = padding_mode != 'zeros'
-        if self.with_explicit_padding:
-            self.padding_layer = build_padding_layer(dict(type=padding_mode), padding)
-        conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride,
-                                padding=0 if self.with_explicit_padding else padding,
+        pad,layer = brick_padding(conv_cfg, padding, padding_mode)
+        self.with_explicit_padding = layer is not None
+        if self.with_explicit_padding: self.padding_layer = layer
+        conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride, **pad,
                                 dilation=dilation, groups=groups, bias=self.with_bias)
         for name in SETTINGS: setattr(self, name, getattr(conv, name, None))
         self.norm_name,norm = brick_norm(norm_cfg, order, in_channels, out_channels)
@@ -215,6 +236,10 @@ class ConvModule(nn.Module):
     def norm(self)->nn.Module: # None without one
         "The norm, or None."
         return getattr(self, self.norm_name) if self.with_norm else None
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        upgrade_parts(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def forward(self,
         x,              # `(B, C_in, H, W)`

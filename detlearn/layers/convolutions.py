@@ -72,8 +72,10 @@ class ConvWS(nn.Conv2d):
         groups:int=1,      # as in `nn.Conv2d`
         bias:bool=True,    # as in `nn.Conv2d`
         eps:float=1e-5,    # see `standardise`
+        padding_mode='zeros', # as in `nn.Conv2d`
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                         padding_mode)
         self.eps = eps
 
     def scaled(self,
@@ -106,12 +108,18 @@ class ConvAWS(ConvWS):
         "Standardised, with the stored spread and mean."
         return self.weight_gamma*standardise(weight, self.eps, inside=True) + self.weight_beta
 
-    def _load_from_state_dict(self, state, prefix, *args):
+    def upgrade_state(self,
+        state:dict, # names and tensors, changed in place
+        prefix:str, # of this layer in it
+    ):
+        "Spread and mean from the weights, where a file has weights alone."
         w,gamma,beta = (state.get(prefix + n) for n in ('weight', 'weight_gamma', 'weight_beta'))
-        if w is not None and (gamma is None or beta is None):
-            flat = w.flatten(1)
-            state[prefix + 'weight_gamma'] = (flat.var(1) + self.eps).sqrt().view(-1, 1, 1, 1)
-            state[prefix + 'weight_beta'] = flat.mean(1).view(-1, 1, 1, 1)
+        if w is None or (gamma is not None and beta is not None): return
+        state[prefix + 'weight_gamma'] = (w.flatten(1).var(1) + self.eps).sqrt().view(-1, 1, 1, 1)
+        state[prefix + 'weight_beta'] = w.flatten(1).mean(1).view(-1, 1, 1, 1)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        self.upgrade_state(state, prefix)
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../../nbs/03_layers/02_convolutions.ipynb #ffd2af60
