@@ -11,7 +11,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from detlearn._modidx import d as INDEX
 from detlearn.core.registry import Registry
+from detlearn.backbones.pretrained import load_pretrained, load_state
+from detlearn.backbones.resnet import ResNet
+from detlearn.engine.checkpoints import load_checkpoint, resume_checkpoint, save_checkpoint
 from detlearn.layers.conv_module import ConvModule, build_activation_layer, build_norm_layer
+from detlearn.layers.deform_conv import deform_conv2d
 from detlearn.layers.upsample import build_upsample_layer
 from counting import count
 
@@ -267,12 +271,12 @@ def test_every_registry_of_layers_is_covered():
 
 
 FLAT = [k for k in registries()['conv layer'] if not k.endswith(('1d', '3d'))]
-PADS_ITSELF = {'Conv2dAdaptivePadding', 'SAC', 'deconv', 'ConvTranspose2d'}   # or takes away
+NEEDS_ZEROS = {'Conv2dAdaptivePadding', 'deconv', 'ConvTranspose2d'}   # pads by the size, or takes away
 
 
 @pytest.mark.parametrize('kind,mode',
                          [(k, m) for k in FLAT for m in ('zeros', 'reflect', 'replicate', 'circular')
-                          if m == 'zeros' or k not in PADS_ITSELF])
+                          if m == 'zeros' or k not in NEEDS_ZEROS])
 @torch.no_grad()
 def test_brick_of_every_convolution(kind, mode):
     "Any convolution, any border: parts inside a convolution start as they do by themselves."
@@ -283,3 +287,133 @@ def test_brick_of_every_convolution(kind, mode):
         assert not any(p.any() for p in brick.conv.conv_offset.parameters())
     if hasattr(brick.conv, 'weight_diff'):
         assert not brick.conv.weight_diff.any() and not brick.conv.switch.weight.any()
+
+
+# The switchable convolution with every border, against a loop over places and samples
+def place(i, size, mode):
+    "The pixel that stands at `i`, inside or outside of a row; None: a zero."
+    if 0 <= i < size: return i
+    if mode == 'zeros': return None
+    if mode == 'replicate': return min(max(i, 0), size - 1)
+    if mode == 'circular': return i % size
+    return abs(i) if i < 0 else 2*(size - 1) - i
+
+
+def look_at(x, weight, mode, stride, pad, hole):
+    "A 3×3 convolution of one image `(C, H, W)`, sample by sample."
+    sides = [range(0, n + 2*pad - 2*hole, stride) for n in x.shape[1:]]
+    out = x.new_zeros(len(weight), *map(len, sides))
+    for a, top in enumerate(sides[0]):
+        for b, left in enumerate(sides[1]):
+            for dy in range(3):
+                for dx in range(3):
+                    i, j = (place(start + hole*d - pad, n, mode)
+                            for start, d, n in zip((top, left), (dy, dx), x.shape[1:]))
+                    if i is not None and j is not None: out[:, a, b] += weight[:, :, dy, dx] @ x[:, i, j]
+    return out
+
+
+@pytest.mark.parametrize('mode', ['zeros', 'reflect', 'replicate', 'circular'])
+@pytest.mark.parametrize('stride,hole', [(1, 1), (2, 1), (1, 2)])
+@torch.no_grad()
+def test_switchable_convolution_at_every_border(mode, stride, hole):
+    torch.manual_seed(0)
+    SAC = registries()['conv layer']['SAC']
+    net = SAC(3, 4, 3, stride, hole, hole, padding_mode=mode)
+    net.switch.weight.normal_(); net.weight_diff.normal_()
+    x = torch.randn(2, 3, 7, 8)
+    near_mean = nn.functional.avg_pool2d(nn.functional.pad(x, (2,)*4, mode='reflect'), 5, 1)
+    switch, weight = net.switch(near_mean), net.scaled(net.weight)
+    looks = [torch.stack([look_at(image, w, mode, stride, k*hole, k*hole) for image in x])
+             for k, w in ((1, weight), (3, weight + net.weight_diff))]
+    same(net(x), switch*looks[0] + (1 - switch)*looks[1])
+
+
+@pytest.mark.parametrize('mode', ['zeros', 'reflect', 'replicate', 'circular'])
+@torch.no_grad()
+def test_switchable_deformable_convolution_at_every_border(mode):
+    "The samples move on the map with its border."
+    torch.manual_seed(0)
+    net = registries()['conv layer']['SAC'](3, 4, 3, padding=1, use_deform=True, padding_mode=mode)
+    for p in net.parameters(): p.normal_(0, .2)
+    net.pre_context.weight.zero_(); net.pre_context.bias.zero_()
+    net.post_context.weight.zero_(); net.post_context.bias.zero_()
+    x = torch.randn(2, 3, 7, 8)
+    near_mean = nn.functional.avg_pool2d(nn.functional.pad(x, (2,)*4, mode='reflect'), 5, 1)
+    switch, weight = net.switch(near_mean), net.scaled(net.weight)
+    kind = 'constant' if mode == 'zeros' else mode
+    looks = [deform_conv2d(nn.functional.pad(x, (k,)*4, mode=kind), offset(near_mean), w, 1, 0, k)
+             for k, w, offset in ((1, weight, net.offset_s), (3, weight + net.weight_diff, net.offset_l))]
+    same(net(x), switch*looks[0] + (1 - switch)*looks[1])
+
+
+# Files of older versions
+def deformable(kind):
+    torch.manual_seed(0)
+    net = ResNet(50, base_channels=8, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
+                 dcn=dict(type=kind), stage_with_dcn=(False, True), zero_init_residual=False).eval()
+    return net, torch.randn(1, 3, 32, 32)
+
+
+def old_file(kind):
+    "A net with offsets, its output, and its state under the names of old files."
+    net, x = deformable(kind)
+    for name, p in net.named_parameters():
+        if 'conv_offset' in name: p.data.normal_(0, .5)
+    state = {k.replace('conv2.conv_offset', 'conv2_offset'): v.clone() for k, v in net.state_dict().items()}
+    assert sum('conv2_offset' in k for k in state) == 2*4 and not any('conv2.conv_o' in k for k in state)
+    return state, x, net(x)
+
+
+@pytest.mark.parametrize('kind', ['DCN', 'DCNv2'])
+@torch.no_grad()
+def test_old_names_of_offsets(kind, tmp_path):
+    state, x, want = old_file(kind)
+    names, path = list(state), tmp_path/'old.pth'
+    torch.save(dict(state_dict=state, meta=dict(epoch=1, iter=2)), path)
+
+    def loaded(load, wrap=lambda net: net):
+        net, _ = deformable(kind)
+        assert not all(torch.equal(a, b) for a, b in zip(net(x), want))
+        report = load(wrap(net))
+        for a, b in zip(net(x), want): same(a, b, 0.)
+        return report
+
+    loaded(lambda net: net.load_state_dict(state, strict=True))
+    loaded(lambda net: net.load_state_dict({f'backbone.{k}': v for k, v in state.items()}, strict=True),
+           lambda net: nn.ModuleDict(dict(backbone=net)))
+    report = loaded(lambda net: load_state(net, state, strict=True))
+    assert len(report.loaded) == len(state) and not report.missing + report.unexpected
+    loaded(lambda net: load_state(net, {f'module.{k}': v for k, v in state.items()}, strict=True))
+    assert not loaded(lambda net: load_checkpoint(net, path)).missing
+    loaded(lambda net: resume_checkpoint(path, net))
+    assert list(state) == names                         # the caller's own stays as it is
+
+    net, _ = deformable(kind)
+    net.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    report, = load_pretrained(net).values()
+    assert not report.missing + report.unexpected
+    for a, b in zip(net(x), want): same(a, b, 0.)
+
+    new = tmp_path/'new.pth'                            # what goes out has today's names, and comes in
+    save_checkpoint(new, net)
+    assert not loaded(lambda net: load_checkpoint(net, new)).missing
+
+
+@torch.no_grad()
+def test_a_new_name_counts_more_than_an_old_one():
+    net, _ = deformable('DCN')
+    state = net.state_dict()
+    for k in [k for k in state if 'conv_offset' in k]:
+        state[k.replace('conv2.conv_offset', 'conv2_offset')] = state[k] + 1
+    assert len(load_state(net, state).unexpected) == 2*4
+    assert not any(p.any() for n, p in net.named_parameters() if 'conv_offset' in n)
+
+
+@torch.no_grad()
+def test_ordinary_weights_for_an_adaptive_convolution_are_complete():
+    conv, brick = nn.Conv2d(N, 8, 3), ConvModule(N, 8, 3, conv_cfg=dict(type='ConvAWS'), act_cfg=None)
+    state = {f'conv.{k}': v for k, v in conv.state_dict().items()}
+    assert not load_state(brick, state, strict=True).missing
+    x = torch.randn(1, N, 6, 6)
+    same(brick(x), conv(x))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from ..core.registry import nearest
 from ..data.download import DownloadError, download, file_hash
+from ..layers.conv_module import upgrade_parts
 from ..layers.initialize import as_list
 
 # %% ../../nbs/04_backbones/00_pretrained.ipynb #65fa2e4c
@@ -65,7 +66,8 @@ def load_state(
 )->LoadReport:        # the four groups
     "Load what fits by name and shape."
     own,report,fitting = model.state_dict(),LoadReport(),{}
-    state = strip_prefix(state, 'module.')
+    state = dict(strip_prefix(state, 'module.'))
+    upgrade_parts(model, state)   # names of older files
     for k,v in state.items():
         if k not in own: report.unexpected.append(k)
         elif own[k].shape != v.shape:

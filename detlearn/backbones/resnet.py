@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES
 from .pretrained import own_rules, weights_from
-from ..layers.conv_module import build_conv_layer, build_norm_layer
+from ..layers.conv_module import build_conv_layer, build_norm_layer, upgrade_parts
 from ..layers.global_context import build_plugin_layer
 from ..layers.initialize import initialize
 
@@ -79,6 +79,10 @@ class ResBlock(nn.Module):
         y = (cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad
              else self.residual(x))
         return F.relu(y, inplace=True)
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        upgrade_parts(self, state, prefix)   # names of old files: `conv2_offset`
+        super()._load_from_state_dict(state, prefix, *rest)
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #8b962c4d
 class BasicBlock(ResBlock):

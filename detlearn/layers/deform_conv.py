@@ -91,8 +91,16 @@ class DeformConv(nn.Module):
     )->Tensor:     # `(B, C_out, H', W')`
         "The operator with this layer's weight."
         return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, self.stride,
-                                       self.padding,
-                                       self.dilation)
+                                       self.padding, self.dilation)
+
+    def upgrade_state(self,
+        state:dict, # names and tensors, changed in place
+        prefix:str, # of this layer in it, with its dot
+    ):
+        "The reader of offsets stood beside the layer once: `conv2_offset`, now `conv2.conv_offset`."
+        for end in ('weight', 'bias') if hasattr(self, 'conv_offset') else ():
+            new,old = f'{prefix}conv_offset.{end}',f'{prefix[:-1]}_offset.{end}'
+            if old in state and new not in state: state[new] = state.pop(old)
 
 # %% ../../nbs/03_layers/05_deform_conv.ipynb #e7bf02c0
 class DeformConv2d(DeformConv):
