@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DownloadError', 'file_hash', 'recorded_hash', 'expected_hash', 'check_file', 'Partial', 'open_url', 'version_tag',
-           'announced', 'ask', 'size_text', 'check_room', 'LineDropped', 'receive', 'may_pass', 'reason_of', 'fetch',
-           'pause_after', 'told', 'only_one', 'progress', 'download', 'keep_if_right']
+           'number_in', 'announced', 'ask', 'size_text', 'check_room', 'LineDropped', 'receive', 'may_pass',
+           'reason_of', 'fetch', 'pause_after', 'told', 'only_one', 'progress', 'download', 'keep_if_right']
 
 # %% ../../nbs/02_data/10_download.ipynb #5e3b6db7
 import contextlib, errno, hashlib, http.client, json, os, re, shutil, ssl, time
@@ -137,16 +137,21 @@ def version_tag(
     tag = headers.get('ETag') or ''
     return tag if tag.startswith('"') else headers.get('Last-Modified') or ''
 
+def number_in(
+    text, # of a header, or None
+)->int:   # None where it is no plain number
+    "What a header counts; a stranger may write anything there."
+    return int(text) if re.fullmatch('[0-9]{1,18}', text or '') else None
+
 def announced(
     answer,    # response
     first:int, # the byte that it begins with
 )->int:        # bytes of the whole file; None: not said
     "How large the server says that the file is."
     if answer.status == 206:
-        total = re.fullmatch(r'bytes \d+-\d+/(\d+)', answer.headers.get('Content-Range', ''))
-        return int(total[1]) if total else None
-    length = answer.headers.get('Content-Length', '')
-    return first + int(length) if length.isdigit() else None
+        return number_in(answer.headers.get('Content-Range', '').rpartition('/')[2])
+    length = number_in(answer.headers.get('Content-Length'))
+    return None if length is None else first + length
 
 # %% ../../nbs/02_data/10_download.ipynb #9b2acc6d
 def ask(
@@ -280,9 +285,8 @@ def pause_after(
     most:int=60,# seconds that a server may ask for
 )->float:       # seconds
     "How long to wait; a busy server may say so itself (`Retry-After`)."
-    said = getattr(error, 'headers', None)
-    said = (said.get('Retry-After') or '') if said else ''
-    return max(wait, min(int(said), most)) if said.isdigit() else wait
+    headers = getattr(error, 'headers', None) or {}
+    return max(wait, min(number_in(headers.get('Retry-After')) or 0, most))
 
 # %% ../../nbs/02_data/10_download.ipynb #b232f23d
 def told(
@@ -307,9 +311,11 @@ def only_one(
     try: import fcntl
     except ImportError: yield; return
     with open(f'{path}.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DownloadError(f'{path}: another process is at work on it. Wait, or end it.') from None
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(f.fileno()), os.stat(f.name))    # not one just removed
+        except OSError: mine = False
+        if not mine: raise DownloadError(f'{path}: another process is at work on it. Wait, or end it.')
         try: yield
         finally: Path(f.name).unlink(missing_ok=True)
 
