@@ -1401,6 +1401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                         'detlearn.data.download.keep_if_right': ( '02_data/download.html#keep_if_right',
                                                                                   'detlearn/data/download.py'),
                                         'detlearn.data.download.may_pass': ('02_data/download.html#may_pass', 'detlearn/data/download.py'),
+                                        'detlearn.data.download.number_in': ( '02_data/download.html#number_in',
+                                                                              'detlearn/data/download.py'),
                                         'detlearn.data.download.only_one': ('02_data/download.html#only_one', 'detlearn/data/download.py'),
                                         'detlearn.data.download.open_url': ('02_data/download.html#open_url', 'detlearn/data/download.py'),
                                         'detlearn.data.download.pause_after': ( '02_data/download.html#pause_after',

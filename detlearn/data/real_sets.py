@@ -147,29 +147,35 @@ _penn = lambda s: dict(type='CocoDataset', ann_file=f'PennFudanPed/{s}.json',
                        img_prefix='PennFudanPed/PNGImages/')
 _bccd = lambda s: dict(type='XMLDataset', ann_file=f'BCCD/ImageSets/Main/{s}.txt', img_prefix='BCCD/',
                        classes=('RBC', 'WBC', 'Platelets'))
+_archives = lambda *names: tuple(ARCHIVES[n] for n in names)
 _flickr = 'photos: terms of Flickr'
 
 SETS = dict(
-    coco2017=RealSet('COCO 2017: 118,287 photos to train on and 5,000 for validation, 80 classes, boxes '
-                     'and masks',
+    coco2017=RealSet(
+        'COCO 2017: 118,287 photos to train on and 5,000 for validation, 80 classes, boxes and masks',
         f'annotations: CC BY 4.0; {_flickr}',
-        tuple(ARCHIVES[n] for n in ('annotations_trainval2017.zip', 'val2017.zip', 'train2017.zip')),
+        _archives('annotations_trainval2017.zip', 'val2017.zip', 'train2017.zip'),
         {s: _coco(s) for s in ('train', 'val')}),
-    coco2017_val=RealSet('COCO 2017, the 5,000 photos for validation alone',
+    coco2017_val=RealSet(
+        'COCO 2017, the 5,000 photos for validation alone',
         f'annotations: CC BY 4.0; {_flickr}',
-        tuple(ARCHIVES[n] for n in ('annotations_trainval2017.zip', 'val2017.zip')),
+        _archives('annotations_trainval2017.zip', 'val2017.zip'),
         dict(val=_coco('val'))),
-    voc2007=RealSet('PASCAL VOC 2007: 5,011 photos to train on and 4,952 for the test, 20 classes',
-                    _flickr,
-        tuple(ARCHIVES[n] for n in ('VOCtrainval_06-Nov-2007.tar', 'VOCtest_06-Nov-2007.tar')),
+    voc2007=RealSet(
+        'PASCAL VOC 2007: 5,011 photos to train on and 4,952 for the test, 20 classes', _flickr,
+        _archives('VOCtrainval_06-Nov-2007.tar', 'VOCtest_06-Nov-2007.tar'),
         {s: _voc(2007, s) for s in ('train', 'val', 'trainval', 'test')}),
-    voc2012=RealSet('PASCAL VOC 2012: 11,540 photos with boxes to train on, 20 classes', _flickr,
-        (ARCHIVES['VOCtrainval_11-May-2012.tar'],),
+    voc2012=RealSet(
+        'PASCAL VOC 2012: 11,540 photos with boxes to train on, 20 classes', _flickr,
+        _archives('VOCtrainval_11-May-2012.tar'),
         {s: _voc(2012, s) for s in ('train', 'val', 'trainval')}),
-    penn_fudan=RealSet('Penn-Fudan: 170 photos of pedestrians, 345 boxes and masks', 'none stated',
-        (ARCHIVES['PennFudanPed.zip'],), {s: _penn(s) for s in ('train', 'val')}, penn_fudan_coco),
-    bccd=RealSet('BCCD: 364 photos of blood cells, 3 classes', 'MIT', (ARCHIVES['BCCD_Dataset-1.0.zip'],)
-                 ,
+    penn_fudan=RealSet(
+        'Penn-Fudan: 170 photos of pedestrians, 345 boxes and masks', 'none stated',
+        _archives('PennFudanPed.zip'),
+        {s: _penn(s) for s in ('train', 'val')}, penn_fudan_coco),
+    bccd=RealSet(
+        'BCCD: 364 photos of blood cells, 3 classes', 'MIT',
+        _archives('BCCD_Dataset-1.0.zip'),
         {s: _bccd(s) for s in ('train', 'val', 'test')}, bccd_coco))                  # by name
 
 # %% ../../nbs/02_data/10c_real_sets.ipynb #822ae692
