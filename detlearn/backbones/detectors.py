@@ -13,7 +13,7 @@ from ..core.registry import BACKBONES
 from ..layers.conv_module import CONV_LAYERS
 from ..layers.convolutions import ConvAWS
 from ..layers.deform_conv import deform_conv2d
-from .resnet import ARCHS, Bottleneck, ResNet, res_layer
+from .resnet import ARCHS, Bottleneck, ResNet, res_layer, stem_map
 from .resnext import group_width
 
 # %% ../../nbs/04_backbones/16_detectors.ipynb #32a0477e
@@ -155,9 +155,7 @@ class DetectoRS_ResNet(ResNet):
         advice,  # one map for each stage, from a neck; the first is not used
     )->tuple:    # maps of `out_indices`
         "The second look, with advice."
-        if self.deep_stem: x = self.stem(x)
-        else: x = F.relu(getattr(self, self.norm1_name)(self.conv1(x)), inplace=True)
-        x,outs = self.maxpool(x),[]
+        x,outs = stem_map(self, x),[]
         for i,name in enumerate(self.res_layers):
             for block in getattr(self, name): x = block.rfp_forward(x, advice[i] if i else None)
             if i in self.out_indices: outs.append(x)

@@ -9,8 +9,7 @@ __all__ = ['REGNETS', 'regnet_widths', 'fit_groups', 'FlatBottleneck', 'regnet_a
 import math
 from torch import nn
 from ..core.registry import BACKBONES, nearest
-from ..layers.conv_module import build_conv_layer, build_norm_layer
-from .resnet import ResNet
+from .resnet import ResNet, add_stem
 from .resnext import GroupedBottleneck
 
 # %% ../../nbs/04_backbones/06_regnet.ipynb #872d3a86
@@ -93,10 +92,7 @@ class RegNet(ResNet):
     ):                   # nothing; the layers become attributes
         "One 3×3 of stride 2, no pooling."
         if self.deep_stem: raise ValueError('RegNet: its stem is one 3×3; leave deep_stem out')
-        self.conv1 = build_conv_layer(conv_cfg, in_channels, channels, 3, stride=2, padding=1,
-                                      bias=False)
-        self.norm1_name,norm = build_norm_layer(norm_cfg, channels, 1)
-        self.add_module(self.norm1_name, norm)
+        add_stem(self, in_channels, channels, conv_cfg, norm_cfg, kernel=3)
         self.maxpool = nn.Identity()
 
     def make_res_layer(self,

@@ -63,14 +63,13 @@ class ChainBottleneck(Bottleneck):
         self.alone = stage_type == 'stage'
         self.pool = nn.AvgPool2d(3, middle, 1) if self.alone and middle != 1 else None
 
-    def residual(self,
-        x, # `(B, C_in, H, W)`
-    )->Tensor: # `(B, C_out, H', W')`, before the activation
-        "1×1, chain, 1×1, plus the input."
-        (first,norm1),_,(last,norm3) = self.steps
-        y = self.plugged(F.relu(getattr(self, norm1)(getattr(self, first)(x))), 1)
-        y = self.plugged(chain_parts(y, self.convs, self.bns, self.alone, self.pool), 2)
-        return self.joined(self.plugged(getattr(self, norm3)(getattr(self, last)(y)), 3), x)
+    def step(self,
+        y,     # `(B, C, H, W)`
+        i:int, # 1: 1×1, 2: the chain, 3: 1×1
+    )->Tensor: # `(B, C', H', W')`
+        "As in any bottleneck, but for the chain in the middle."
+        if i != 2: return super().step(y, i)
+        return chain_parts(y, self.convs, self.bns, self.alone, self.pool)
 
 # %% ../../nbs/04_backbones/04_res2net.ipynb #b570403a
 @BACKBONES.register_module()

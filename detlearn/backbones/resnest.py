@@ -92,16 +92,16 @@ class SplitBottleneck(Bottleneck):
         self.conv2 = SplitAttentionConv2d(width, width, 3, 1 if average else middle, dilation, dilation,
                                           groups, radix, reduction_factor, conv_cfg, norm_cfg, dcn)
         delattr(self, self.steps[1][1])
-        if average: self.avd_layer = nn.AvgPool2d(3, middle, padding=1)
+        self.avd_layer = nn.AvgPool2d(3, middle, padding=1) if average else None
 
-    def residual(self,
-        x, # `(B, C_in, H, W)`
-    )->Tensor: # `(B, C_out, H', W')`, before the activation
-        "1×1, split attention, average, 1×1, plus the input."
-        (first,norm1),_,(last,norm3) = self.steps
-        y = self.conv2(self.plugged(F.relu(getattr(self, norm1)(getattr(self, first)(x))), 1))
-        y = self.plugged(self.avd_layer(y) if hasattr(self, 'avd_layer') else y, 2)
-        return self.joined(self.plugged(getattr(self, norm3)(getattr(self, last)(y)), 3), x)
+    def step(self,
+        y,     # `(B, C, H, W)`
+        i:int, # 1: 1×1, 2: split attention and the average, 3: 1×1
+    )->Tensor: # `(B, C', H', W')`
+        "As in any bottleneck, but for the split attention in the middle."
+        if i != 2: return super().step(y, i)
+        y = self.conv2(y)
+        return y if self.avd_layer is None else self.avd_layer(y)
 
 # %% ../../nbs/04_backbones/05_resnest.ipynb #6118080a
 @BACKBONES.register_module()

@@ -78,12 +78,11 @@ class TridentBottleneck(Bottleneck):
         branch:int,  # number of the branch
     )->Tensor:       # `(B, C_out, H', W')`
         "The block as one branch sees it."
-        y = x
-        for i,(conv,norm) in enumerate(self.steps, 1):
-            y = self.conv2(y, branch) if i == 2 else getattr(self, conv)(y)
-            y = getattr(self, norm)(y)
-            y = self.plugged(F.relu(y, inplace=True) if i < 3 else y, i)
-        return F.relu(self.joined(y, x))
+        norm2 = getattr(self, self.steps[1][1])
+        y = self.plugged(self.step(x, 1), 1)
+        y = self.plugged(F.relu(norm2(self.conv2(y, branch)), inplace=True), 2)
+        y = self.plugged(self.step(y, 3), 3)
+        return F.relu(self.joined(y, x), inplace=True)
 
     def forward(self,
         x,     # `(B, C_in, H, W)`, or a list of such maps
