@@ -166,12 +166,12 @@ def receptive_field(
 
 # %% ../../nbs/03_layers/08d_receptive_field.ipynb #4d58718d
 def span_before(
-    span,  # `(lo, hi)` cells of the output, `hi` exclusive
-    layer, # `nn.Module`, or None for an operation without a kernel
+    span,      # `(lo, hi)` cells of the output, `hi` exclusive
+    layer,     # `nn.Module`, or None for an operation without a kernel
     axis:int,  # 0: rows, 1: columns
     n_in:int,  # cells of the input along this axis
     n_out:int, # cells of the output
-)->tuple:  # `(lo, hi)` cells of the input
+)->tuple:      # `(lo, hi)` cells of the input
     "Which inputs some outputs are made of, along one axis."
     lo,hi = span
     if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):

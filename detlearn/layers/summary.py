@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 import torchvision.ops  # noqa: F401, registers the deformable convolution
 
@@ -84,14 +85,12 @@ def attention_flops(
     "Operations of attention: each of `N` with each of `M`, then the mean."
     return 2*math.prod(query[:-1])*key[-2]*(key[-1] + value[-1])
 
-# %% ../../nbs/03_layers/08_summary.ipynb #f4abb005
+# %% ../../nbs/03_layers/08_summary.ipynb #c89f06cc
 def first_map(
     out,         # a tensor, or nested lists, tuples or dicts of tensors
 )->torch.Tensor: # the first one in it, or None
     "A tensor to take the shape from."
-    if isinstance(out, torch.Tensor): return out
-    values = out.values() if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else ()
-    return next((t for t in map(first_map, values) if t is not None), None)
+    return next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
 
 # %% ../../nbs/03_layers/08_summary.ipynb #86cd00bf
 @contextmanager

@@ -75,9 +75,9 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if self.inside or not outs: return out
-        sources = self.sources((args, kwargs))
-        kind = STEPS.get(getattr(func, '__name__', '').strip('_'))
+        name = getattr(func, '__name__', '').strip('_')
+        if self.inside or not outs or name.startswith('new_') or name.endswith('_like'): return out
+        sources,kind = self.sources((args, kwargs)),STEPS.get(name)
         if kind and (len(sources) > 1 or kind in MOVES or self.rearranged(kind, sources, outs[0])):
             self.homes[self.add(outs[0], kind, sources)] = self.calls[-1]
         elif sources:
