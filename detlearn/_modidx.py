@@ -2001,6 +2001,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                          'detlearn.data.proposals.Ragged.__len__': ( '02_data/proposals.html#ragged.__len__',
                                                                                      'detlearn/data/proposals.py'),
                                          'detlearn.data.proposals._bytes': ('02_data/proposals.html#_bytes', 'detlearn/data/proposals.py'),
+                                         'detlearn.data.proposals.as_rows': ( '02_data/proposals.html#as_rows',
+                                                                              'detlearn/data/proposals.py'),
                                          'detlearn.data.proposals.checked_proposals': ( '02_data/proposals.html#checked_proposals',
                                                                                         'detlearn/data/proposals.py'),
                                          'detlearn.data.proposals.proposals_of': ( '02_data/proposals.html#proposals_of',

@@ -40,8 +40,8 @@ COCO = named(
 VOC = named(
     'aeroplane 6a00e4, bicycle 770b20, bird a52a2a, boat 0000c0, bottle c5e2ff, bus 003c64, car 00008e, '
     'cat ff4dff, chair 994501, cow 78a69d, diningtable 00b6c7, dog 00e2fc, horse b6b6ff, '
-    'motorbike 0000e6, '
-    'person dc143c, pottedplant a3ff00, sheep 005200, sofa 035fa1, train 005064, tvmonitor b78258')
+    'motorbike 0000e6, person dc143c, pottedplant a3ff00, sheep 005200, sofa 035fa1, train 005064, '
+    'tvmonitor b78258')
 CITYSCAPES = named('person dc143c, rider ff0000, car 00008e, truck 000046, bus 003c64, train 005064, '
                    'motorcycle 0000e6, bicycle 770b20')
 DEEPFASHION = named(
