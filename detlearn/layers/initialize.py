@@ -55,7 +55,7 @@ NOT_OF_THE_TYPE = 'type', 'layer', 'bias', 'bias_prob', 'override', 'name'
 def read_rule(
     cfg:dict, # `type`, settings of the type, `layer`, `bias`, `bias_prob`, `override`, `name`
 )->tuple:     # `(function of a weight, value of the bias)`
-    "What one line of `init_cfg` does to a layer."
+    "What one line of `init_cfg` does to a layer; a `ValueError` for a setting that it has not."
     kind = cfg.get('type')
     if kind not in INITIALISERS:
         raise ValueError(f'init_cfg type {kind!r}{nearest(kind, [*INITIALISERS, "Pretrained"])}')
@@ -65,6 +65,9 @@ def read_rule(
         if k not in defaults:
             hint = nearest(k, [*defaults, 'layer', 'bias'])
             raise ValueError(f'init_cfg {kind} has no setting {k!r}{hint}')
+    if own.get('distribution', 'normal') not in ('normal', 'uniform'):
+        raise ValueError(f"init_cfg {kind}: distribution={own['distribution']!r}; choose 'normal' or "
+                         "'uniform'")
     bias = cfg.get('bias', 0) if cfg.get('bias_prob') is None else bias_init_with_prob(cfg['bias_prob'])
     return lambda w: rule(w, **{**defaults, **own}), bias
 
@@ -78,7 +81,9 @@ def fill_layer(
     w,b = getattr(layer, 'weight', None),getattr(layer, 'bias', None)
     if not isinstance(w, nn.Parameter): return 0
     try: rule(w)
-    except ValueError: return 0                      # a norm's weight has one dimension, so no fans
+    except ValueError:
+        if w.dim() > 1: raise                        # a setting that PyTorch does not know
+        return 0                                     # a norm's weight has one dimension, so no fans
     if isinstance(b, nn.Parameter): nn.init.constant_(b, bias)
     return 1
 
