@@ -252,16 +252,19 @@ def draw_trace(
     column,row,boxes = place_nodes(t, names)
     far = [(a, b) for a,b in t.edges
            if row[a] == row[b] and column[b] - column[a] > 1 or runs_over(boxes, a, b)]
+    there = len(ax.texts)
     draw_flow(ax, boxes, [e for e in t.edges if e not in far], lit=[o for o in t.outputs if o in boxes])
+    frames = dict(zip(boxes, (text.get_bbox_patch() for text in ax.texts[there:])))
     low,high = ax.get_ylim()
     for a,b in far:                                     # around the boxes between, below or above them
         (x1,y1,_),(x2,y2,text) = boxes[a],boxes[b]
         side = 1 if y1 > y2 else -1
         edge,deep = .14*side*(1 + text.count('\n')),min(.15*(x2 - x1), .3 + .03*(x2 - x1))
         bend = f'arc3,rad={2*deep/(x2 - x1) if side < 0 else -.12}'
-        arrow = dict(arrowstyle='-|>', color=GREY, connectionstyle=bend)
-        ax.annotate('', (x2, y2+edge), (x1, y1+edge), zorder=1, arrowprops=arrow)
-        low = min(low, y1 + edge - deep - .1)
+        ends = dict(patchA=frames[a], patchB=frames[b], connectionstyle=bend)
+        ax.annotate('', (x2, y2+edge), (x1, y1+edge), zorder=1,
+                    arrowprops=dict(ends, arrowstyle='-|>', color=GREY))
+        low = min(low, y1 + edge - 1.3*deep - .1)
     ax.set_ylim(low, high)
 
 # %% ../../nbs/03_layers/08c_trace.ipynb #ce564135
