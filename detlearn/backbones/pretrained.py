@@ -90,8 +90,9 @@ def why_unreadable(
         return (f'{path} holds more than tensors and is refused, since opening it would run code of its '
                 f'author ({code[1]}). Ask for weights as .safetensors.')
     if isinstance(error, pickle.UnpicklingError):
-        return (f'{path} is no file of weights; it begins with {path.read_bytes()[:24]!r}. A page of a '
-                'web server, perhaps? Fetch it again.')
+        with open(path, 'rb') as f: start = f.read(24)
+        return (f'{path} is no file of weights; it begins with {start!r}. A page of a web server, '
+                'perhaps? Fetch it again.')
     return (f'{path} is not readable as weights; it was probably cut short '
             f'({path.stat().st_size} bytes): {str(error)[:100]}')
 
@@ -262,6 +263,9 @@ def names_a_file(
     rule, # of an `init_cfg`
 )->bool:  # the zoo's PVT and Swin write a checkpoint without a type
     "Weights come from a file, not from a rule of numbers."
+    if not isinstance(rule, dict):
+        raise TypeError(f"init_cfg={rule!r}: expected a dict, such as dict(type='Pretrained', "
+                        'checkpoint=...), or a list of them')
     return rule.get('type', 'Pretrained' if 'checkpoint' in rule else None) == 'Pretrained'
 
 def own_rules(
