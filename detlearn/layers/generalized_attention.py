@@ -94,6 +94,8 @@ def attention_energy(
 )->Tensor:     # `(B, heads, h, w, H, W)`
     "The sum of the terms that are wanted."
     like_this,so_far,worth_it,usual = net.terms
+    if not any(net.terms):
+        return asking.new_zeros(len(asking), net.heads, *asking.shape[2:], *asked.shape[2:])
     total = 0
     if like_this or worth_it:
         who = who_asks(net, asking, like_this, net.appr_bias if worth_it else None)
