@@ -12,7 +12,7 @@ import torch
 from torch import nn, Tensor
 from ..core.registry import PLUGIN_LAYERS
 from .conv_module import ConvModule, look_up
-from .initialize import initialize
+from .initialize import fill_layer, initialize, read_rule
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #262fc830
 def plugin_name(
@@ -65,12 +65,10 @@ def start_non_local(
     zeros_init:bool, # the last layer starts at zero
 ):
     "Small weights, and a last layer that gives nothing."
-    last = net.conv_out.norm or net.conv_out.conv
     for name in ('g', 'theta', 'phi'):
         initialize(getattr(net, name, nn.Identity()), dict(type='Normal', std=std, layer='Conv2d'))
-    for p,mean in ((last.weight, 0.), (last.bias, 0.)):
-        if zeros_init or p is last.bias: nn.init.zeros_(p)
-        else: nn.init.normal_(p, mean, std)
+    last = net.conv_out.norm or net.conv_out.conv
+    fill_layer(last, *read_rule(dict(type='Normal', std=0. if zeros_init else std)))
 
 # %% ../../nbs/03_layers/06_global_context.ipynb #54afa894
 @PLUGIN_LAYERS.register_module()
@@ -79,7 +77,7 @@ class NonLocal2d(nn.Module):
     _abbr_ = 'nonlocal_block'
     def __init__(self,
         in_channels:int,              # of the map
-        sub_sample:bool=False,        # ask every second place in both directions
+        sub_sample:bool=False,        # ask the maxima of 2×2 places, a quarter of them
         conv_cfg=dict(type='Conv2d'), # recipe of the 1×1 convolutions
         reduction:int=2,              # inside there are `in_channels/reduction` channels
         use_scale:bool=True,          # see `pair_weights`
