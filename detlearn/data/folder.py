@@ -41,8 +41,9 @@ def coco_facts(
     if not all(isinstance(v, list) for v in lists): return None
     images,anns,categories = lists
     if anns and not (isinstance(anns[0], dict) and 'bbox' in anns[0]): return None
-    names = [im.get('file_name', '') for im in images if isinstance(im, dict)]
+    names = [str(im.get('file_name', '')) for im in images if isinstance(im, dict)]
     some = sorted({0, len(names)//2, len(names)-1}) if names else []
+    categories = [c for c in categories if isinstance(c, dict)]
     by_id = sorted(categories, key=lambda c: str(c.get('id')).zfill(20))
     return dict(images=len(names), objects=len(anns), names=[names[i] for i in some],
                 classes=[c.get('name') for c in by_id])

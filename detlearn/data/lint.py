@@ -213,9 +213,9 @@ def preview(
     path = os.path.join(folder, finding.image) if folder and finding.image else ''
     if not os.path.isfile(path) or finding.rule in ('image-bomb', 'leaves-root'): return None
     try:
-        photo = Image.open(path)
-        if finding.boxes is not None: return both_ways(photo, finding.boxes, side)
-        im = photo.convert('RGB')
+        with Image.open(path) as photo:
+            if finding.boxes is not None: return both_ways(photo, finding.boxes, side)
+            im = photo.convert('RGB')
     except Exception: return None
     box = finding.box if finding.box and all(abs(v) < 1e6 for v in finding.box) else None
     area = window(box, im.size)

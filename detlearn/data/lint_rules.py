@@ -327,9 +327,6 @@ def absurd_size(
                        fix=facts.repair(n, iscrowd=1), n=n,
                        severity='warning' if abs(z) > 4.5 else 'note')
 
-# %% ../../nbs/02_data/09b_lint_rules.ipynb #39549edf
-#| export
-
 # %% ../../nbs/02_data/09b_lint_rules.ipynb #4de874bb
 def of_photo(
     facts,       # `Facts`

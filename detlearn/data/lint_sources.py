@@ -377,7 +377,8 @@ def voc_photo(
     said = said.text.strip() if said is not None else None
     ending = '.jpg' if said is None else Path(said).suffix
     if s.folder: ending = find_photo(str(s.folder/file.stem))
-    name = file.stem + ending; place = Place(str(file), (size or top).line, (size or top).column)
+    at = top if size is None else size
+    name = file.stem + ending; place = Place(str(file), at.line, at.column)
     image = dict(file_name=name, width=width, height=height, said=name if said is None else said)
     number = add_photo(s, places, place, **image) - 1
     if top.tag != 'annotation':
