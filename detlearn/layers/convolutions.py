@@ -114,7 +114,8 @@ class ConvAWS(ConvWS):
     ):
         "Spread and mean from the weights, where a file has weights alone."
         w,gamma,beta = (state.get(prefix + n) for n in ('weight', 'weight_gamma', 'weight_beta'))
-        if w is None or (gamma is not None and beta is not None): return
+        if w is None or w.shape != self.weight.shape: return
+        if gamma is not None and beta is not None: return
         state[prefix + 'weight_gamma'] = (w.flatten(1).var(1) + self.eps).sqrt().view(-1, 1, 1, 1)
         state[prefix + 'weight_beta'] = w.flatten(1).mean(1).view(-1, 1, 1, 1)
 
