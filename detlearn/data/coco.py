@@ -6,8 +6,8 @@
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'check_layout', 'check_ids', 'check_name',
            'check_images', 'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows',
            'leave_out', 'keep_images', 'say_skipped', 'extra_of', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
-           'steps_of', 'run_steps', 'check_client', 'names_for', 'palette_for', 'CocoDataset', 'as_coco', 'write_coco',
-           'start_of', 'first_usable']
+           'steps_of', 'run_steps', 'check_client', 'start_of', 'first_usable', 'names_for', 'palette_for', 'Judged',
+           'CocoDataset', 'as_coco', 'write_coco']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
 import difflib, json, os, posixpath, warnings
@@ -31,7 +31,7 @@ def no_such_file(
     while not parent.is_dir(): parent = parent.parent
     if parent != path.parent: found = f'Of its folder only {parent.resolve()} exists'
     else:
-        names = [e.name for e in islice(os.scandir(parent), 5000)]
+        names = sorted(e.name for e in islice(os.scandir(parent), 5000))
         near = difflib.get_close_matches(path.name, names, 3, .5)
         found = 'Its folder holds ' + (', '.join(near) if near else 'nothing of a similar name')
     return f'{path}: there is no such file. {found}. Check {knob or "the path"}.'
@@ -40,7 +40,6 @@ def no_such_file(
 class AnnotationError(ValueError):
     "What is wrong in an annotation file, where, and what to do, in one sentence."
 
-# %% ../../nbs/02_data/01_coco.ipynb #3463b132
 def read_json(
     path,      # file with JSON in UTF-8
     knob:str='ann_file and data_root', # the settings that lead to it, for the sentence
@@ -287,7 +286,6 @@ def keep_images(
         if gone.any(): skipped[what] += int(gone.sum())
     return np.flatnonzero(~no_object & ~small)
 
-# %% ../../nbs/02_data/01_coco.ipynb #30cb29a7
 def say_skipped(
     skipped, # `Counter`: what was left out
     path,    # of the annotation file
@@ -403,7 +401,30 @@ def check_client(
         raise ValueError(f'file_client_args={file_client_args}: only the disk is read. '
                          'Copy the files there and remove the setting.')
 
+# %% ../../nbs/02_data/01_coco.ipynb #22231b75
+def start_of(
+    data,    # `CocoDataset`
+    idx:int, # position of the image
+)->dict:     # img_info, ann_info, prefixes, empty lists of fields; proposals where there are any
+    "What the first step of a pipeline gets."
+    proposals = {} if data.proposals is None else dict(proposals=data.proposals[idx])
+    return dict(img_info=data.data_infos[idx], ann_info=data.get_ann_info(idx), **proposals,
+                img_prefix=data.img_prefix, seg_prefix=data.seg_prefix,
+                bbox_fields=[], mask_fields=[], seg_fields=[])
 
+def first_usable(
+    data,    # `CocoDataset`
+    idx:int, # position of the wanted image
+)->dict:     # what the pipeline gives; None only in test mode
+    "The image through the pipeline; in training, the next of its orientation where a step gives it up."
+    same = np.flatnonzero(data.flag == data.flag[idx])
+    for k in np.roll(same, -np.searchsorted(same, idx)):
+        results = run_steps(data.pipeline, start_of(data, k))
+        if results is not None or data.test_mode: return results
+    raise ValueError(f'{data.ann_file}: the pipeline gave up all {len(same)} images. '
+                     'Which of its steps returns None?')
+
+# %% ../../nbs/02_data/01_coco.ipynb #08536c27
 def names_for(
     kind,     # class of a data set, with `CLASSES`
     classes,  # its setting `classes`
@@ -419,12 +440,29 @@ def palette_for(
     known,colours = kind.CLASSES or (),kind.PALETTE or ()
     return colours_of(names, dict(zip(known, colours)) if len(known) == len(colours) else {})
 
-# %% ../../nbs/02_data/01_coco.ipynb #e472a104
+# %% ../../nbs/02_data/01_coco.ipynb #cc9e70d3
+class Judged:
+    "A data set that can judge results."
+    evaluator = 'CocoMetric' # name of the rules
+    def evaluate(self,
+        results,    # a result for each image, in order; or rows of COCO's result file
+        **settings, # of the evaluator: metric, classwise, proposal_nums, iou_thrs, ...
+    )->dict:        # numbers by the zoo's names
+        "How good results are, by the rules of this data set; an unknown setting is refused."
+        return call(EVALUATORS.find(self.evaluator), settings, 'evaluation')(self, results)
+
+    def format_results(self,
+        results,              # see `evaluate`
+        jsonfile_prefix=None, # path and beginning of the names; None: a temporary folder
+    )->tuple:                 # `{'bbox': path, ...}`, and the `TemporaryDirectory` or None
+        "Write results as COCO's server wants them."
+        return EVALUATORS.find(self.evaluator)().write(self, results, jsonfile_prefix)
+
+# %% ../../nbs/02_data/01_coco.ipynb #f2c3bcd4
 @DATASETS.register_module()
-class CocoDataset(Dataset):
+class CocoDataset(Judged, Dataset):
     "Images and objects of a COCO annotation file, each through a pipeline."
     CLASSES,PALETTE = tuple(COCO),list(COCO.values())
-    evaluator = 'CocoMetric' # the rules by which results are judged
     def __init__(self,
         ann_file,                   # path of the json
         pipeline,                   # steps: callables, or dicts with `type`
@@ -480,20 +518,6 @@ class CocoDataset(Dataset):
         "Which categories an image holds."
         return [self.cat_ids[k] for k in self.rows['label'][slice(*self.ends[idx:idx+2])]]
 
-    def evaluate(self,
-        results,    # a result for each image, in order; or rows of COCO's result file
-        **settings, # of the evaluator: metric, classwise, proposal_nums, iou_thrs, ...
-    )->dict:        # numbers by the zoo's names
-        "How good results are, by the rules of this data set; an unknown setting is refused."
-        return call(EVALUATORS.find(self.evaluator), settings, 'evaluation')(self, results)
-
-    def format_results(self,
-        results,              # see `evaluate`
-        jsonfile_prefix=None, # path and beginning of the names; None: a temporary folder
-    )->tuple:                 # `{'bbox': path, ...}`, and the `TemporaryDirectory` or None
-        "Write results as COCO's server wants them."
-        return EVALUATORS.find(self.evaluator)().write(self, results, jsonfile_prefix)
-
     @property
     def coco(self)->dict: # images, annotations, categories
         "The annotation file as far as it is used, made anew at each call: for evaluation."
@@ -526,26 +550,3 @@ def write_coco(
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(getattr(coco, 'coco', coco)))
     return path
-
-# %% ../../nbs/02_data/01_coco.ipynb #22231b75
-def start_of(
-    data,    # `CocoDataset`
-    idx:int, # position of the image
-)->dict:     # img_info, ann_info, prefixes, empty lists of fields; proposals where there are any
-    "What the first step of a pipeline gets."
-    proposals = {} if data.proposals is None else dict(proposals=data.proposals[idx])
-    return dict(img_info=data.data_infos[idx], ann_info=data.get_ann_info(idx), **proposals,
-                img_prefix=data.img_prefix, seg_prefix=data.seg_prefix,
-                bbox_fields=[], mask_fields=[], seg_fields=[])
-
-def first_usable(
-    data,    # `CocoDataset`
-    idx:int, # position of the wanted image
-)->dict:     # what the pipeline gives; None only in test mode
-    "The image through the pipeline; in training, the next of its orientation where a step gives it up."
-    same = np.flatnonzero(data.flag == data.flag[idx])
-    for k in np.roll(same, -np.searchsorted(same, idx)):
-        results = run_steps(data.pipeline, start_of(data, k))
-        if results is not None or data.test_mode: return results
-    raise ValueError(f'{data.ann_file}: the pipeline gave up all {len(same)} images. '
-                     'Which of its steps returns None?')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repeat_factors', 'ClassBalancedDataset', 'others_for', 'until_usable', 'MultiImageMixDataset', 'RepeatDataset',
-           'mark_part', 'joined_images', 'joined_coco', 'results_of_parts', 'ConcatDataset']
+           'mark_part', 'joined_images', 'joined_coco', 'results_of_parts', 'JoinedLabels', 'ConcatDataset']
 
 # %% ../../nbs/02_data/03c_wrappers.ipynb #61e15009
 import bisect, copy, math
@@ -220,8 +220,26 @@ def results_of_parts(
     return out
 
 # %% ../../nbs/02_data/03c_wrappers.ipynb #fb8af77a
+class JoinedLabels:
+    "The rules, images and labels of the data sets in `datasets`."
+    @property
+    def evaluator(self)->str: # a name
+        "The rules of the first data set."
+        return getattr(self.datasets[0], 'evaluator', 'CocoMetric')
+
+    @property
+    def data_infos(self)->list: # dicts
+        "The images, see `joined_images`."
+        return joined_images(self.datasets)
+
+    @property
+    def coco(self)->dict: # images, annotations, categories
+        "The labels of all data sets in one, made anew at each call."
+        return joined_coco(self.datasets)
+
+# %% ../../nbs/02_data/03c_wrappers.ipynb #ceced96c
 @DATASETS.register_module()
-class ConcatDataset(torch.utils.data.ConcatDataset):
+class ConcatDataset(JoinedLabels, torch.utils.data.ConcatDataset):
     "Several data sets of the same classes, one after the other."
     def __init__(self,
         datasets,                # list
@@ -262,21 +280,6 @@ class ConcatDataset(torch.utils.data.ConcatDataset):
     def __getitem__(self, idx):
         k,i = self.place(idx)
         return mark_part(self.datasets[k][i], k)
-
-    @property
-    def evaluator(self)->str: # a name
-        "The rules of the first data set."
-        return getattr(self.datasets[0], 'evaluator', 'CocoMetric')
-
-    @property
-    def data_infos(self)->list: # dicts
-        "The images, see `joined_images`."
-        return joined_images(self.datasets)
-
-    @property
-    def coco(self)->dict: # images, annotations, categories
-        "The labels of all data sets in one, made anew at each call."
-        return joined_coco(self.datasets)
 
     def evaluate(self,
         results,     # of all images, in order; or rows with the ids of `coco`
