@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['ROW', 'REASONS', 'no_such_file', 'AnnotationError', 'read_json', 'check_layout', 'check_ids', 'check_name',
-           'check_images', 'wanted_names', 'choose_classes', 'Packed', 'check_box', 'read_row', 'pack_rows',
-           'leave_out', 'keep_images', 'say_skipped', 'extra_of', 'use_coco', 'read_coco', 'objects_of', 'decode_masks',
-           'steps_of', 'run_steps', 'check_client', 'start_of', 'first_usable', 'names_for', 'palette_for', 'Judged',
-           'CocoDataset', 'as_coco', 'write_coco']
+           'check_images', 'wanted_names', 'choose_classes', 'check_box', 'read_row', 'pack_rows', 'leave_out',
+           'keep_images', 'say_skipped', 'extra_of', 'use_coco', 'read_coco', 'objects_of', 'decode_masks', 'steps_of',
+           'run_steps', 'check_client', 'start_of', 'first_usable', 'names_for', 'palette_for', 'Judged', 'CocoDataset',
+           'as_coco', 'write_coco']
 
 # %% ../../nbs/02_data/01_coco.ipynb #d6d6b176
 import difflib, json, os, posixpath, warnings
 from collections import Counter
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path, PureWindowsPath
 import numpy as np
 from torch.utils.data import Dataset
 from ..core.registry import DATASETS, EVALUATORS, PIPELINES, call
 from .class_names import COCO, colours_of
+from .packed import Packed
 from .proposals import proposals_of
 
 # %% ../../nbs/02_data/01_coco.ipynb #5e6afe71
@@ -181,31 +181,6 @@ def choose_classes(
                       'Here label i is classes[i]; the zoo numbers by the file, so its checkpoints '
                       'have other labels.')
     return tuple(names),[ids[n] for n in names]
-
-# %% ../../nbs/02_data/01_coco.ipynb #f69aedba
-class Packed(Sequence):
-    "A read-only list whose items lie as JSON in one block of bytes, so that processes share it."
-    def __init__(self,
-        items,  # iterable of dicts, lists, numbers, texts or None
-    ):
-        texts = [json.dumps(x, separators=(',', ':')).encode() for x in items]
-        ends = np.cumsum([0] + [len(t) for t in texts])
-        self.data,self.starts,self.ends = np.frombuffer(b''.join(texts), np.uint8),ends[:-1],ends[1:]
-
-    def __len__(self): return len(self.ends)
-
-    def __getitem__(self, i):
-        if isinstance(i, (slice, np.ndarray)): return self.view(i)
-        if not -len(self) <= i < len(self): raise IndexError(f'item {i} of {len(self)}')
-        return json.loads(self.data[self.starts[i]:self.ends[i]].tobytes())
-
-    def view(self,
-        chosen,  # slice, or array of positions or bools
-    )->'Packed': # over the same bytes; nothing is parsed yet
-        "Some of the items."
-        part = object.__new__(Packed)
-        part.data,part.starts,part.ends = self.data,self.starts[chosen],self.ends[chosen]
-        return part
 
 # %% ../../nbs/02_data/01_coco.ipynb #8e1bd7c4
 ROW = np.dtype([('id', 'i8'), ('image', 'i4'), ('label', 'i4'), ('why', 'i1'), ('crowd', '?'),
