@@ -33,8 +33,9 @@ class Focus(nn.Module):
         out_channels:int,    # of the output
         kernel_size:int=1,   # of the convolution
         stride:int=1,        # of the convolution, after the halving
-        # recipes
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
+        conv_cfg=None,           # recipe of the convolutions
+        norm_cfg=dict(type='BN', momentum=.03, eps=.001), # recipe of the norms
+        act_cfg=dict(type='Swish'), # recipe of the activations
     ):
         super().__init__()
         self.conv = ConvModule(4*in_channels, out_channels, kernel_size, stride, (kernel_size-1)//2,
@@ -61,8 +62,9 @@ class DarknetBottleneck(nn.Module):
         expansion:float=.5,      # channels inside by those of the output
         add_identity:bool=True,  # add the input, if the channels are equal
         use_depthwise:bool=False,# a separable 3×3
-        # recipes
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
+        conv_cfg=None,           # recipe of the convolutions
+        norm_cfg=dict(type='BN', momentum=.03, eps=.001), # recipe of the norms
+        act_cfg=dict(type='Swish'), # recipe of the activations
         init_cfg=None,           # start of the weights
     ):
         super().__init__()
@@ -89,8 +91,9 @@ class CSPLayer(nn.Module):
         num_blocks:int=1,        # in the half that works
         add_identity:bool=True,  # of the blocks
         use_depthwise:bool=False,# of the blocks
-        # recipes
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
+        conv_cfg=None,           # recipe of the convolutions
+        norm_cfg=dict(type='BN', momentum=.03, eps=.001), # recipe of the norms
+        act_cfg=dict(type='Swish'), # recipe of the activations
         init_cfg=None,           # start of the weights
     ):
         super().__init__()
@@ -144,8 +147,9 @@ class CSPDarknet(Freezable):
         use_depthwise:bool=False,  # separable convolutions
         arch_ovewrite=None,        # rows in place of `arch` (the zoo's spelling)
         spp_kernal_sizes=(5, 9, 13), # windows of the SPP (the zoo's spelling)
-        # recipes
-        conv_cfg=None, norm_cfg=dict(type='BN', momentum=.03, eps=.001), act_cfg=dict(type='Swish'),
+        conv_cfg=None,           # recipe of the convolutions
+        norm_cfg=dict(type='BN', momentum=.03, eps=.001), # recipe of the norms
+        act_cfg=dict(type='Swish'), # recipe of the activations
         norm_eval:bool=False,      # batch norms keep their statistics in training
         # start
         init_cfg=dict(type='Kaiming', layer='Conv2d', a=math.sqrt(5), distribution='uniform',
@@ -156,7 +160,7 @@ class CSPDarknet(Freezable):
             raise ValueError(f'CSPDarknet: arch={arch!r}; choose from {list(self.archs)}')
         rows = arch_ovewrite or self.archs[arch]
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        if not set(out_indices) <= set(range(len(rows)+1)):
+        if not out_indices or not set(out_indices) <= set(range(len(rows)+1)):
             raise ValueError(f'CSPDarknet: out_indices={out_indices}; stages are 0 to {len(rows)}')
         self.out_indices,self.frozen_stages = out_indices,frozen_stages
         self.norm_eval,self.init_cfg = norm_eval,init_cfg

@@ -18,8 +18,9 @@ class DarknetBlock(nn.Module):
     "1×1 to half of the channels, 3×3 back, plus the input."
     def __init__(self,
         in_channels:int,  # in and out
-        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), # recipes
-        act_cfg=dict(type='LeakyReLU', negative_slope=.1),           # recipe
+        conv_cfg=None,    # recipe of the convolutions
+        norm_cfg=dict(type='BN', requires_grad=True),      # recipe of the norms
+        act_cfg=dict(type='LeakyReLU', negative_slope=.1), # recipe of the activations
     ):
         super().__init__()
         if in_channels % 2:
@@ -58,15 +59,17 @@ class Darknet(Freezable):
         depth:int=53,             # the only one there is
         out_indices=(3, 4, 5),    # stages whose maps are given; 0 is the first convolution
         frozen_stages:int=-1,     # the first so many stages are fixed
-        conv_cfg=None, norm_cfg=dict(type='BN', requires_grad=True), # recipes
-        act_cfg=dict(type='LeakyReLU', negative_slope=.1),           # recipe
+        conv_cfg=None,            # recipe of the convolutions
+        norm_cfg=dict(type='BN', requires_grad=True),      # recipe of the norms
+        act_cfg=dict(type='LeakyReLU', negative_slope=.1), # recipe of the activations
         norm_eval:bool=True,      # batch norms keep their statistics in training
-        pretrained=None, init_cfg=None, # where weights come from
+        pretrained=None,          # file or address of weights
+        init_cfg=None,            # where weights come from
     ):
         super().__init__()
         if depth not in self.archs:
             raise ValueError(f'Darknet: depth={depth}; choose from {sorted(self.archs)}')
-        if not set(out_indices) <= set(range(6)):
+        if not out_indices or not set(out_indices) <= set(range(6)):
             raise ValueError(f'Darknet: out_indices={out_indices}; stages are 0 to 5')
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
         self.init_cfg = weights_from(pretrained, init_cfg)

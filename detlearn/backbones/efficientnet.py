@@ -36,11 +36,11 @@ class ThinResidual(nn.Module):
     def forward(self,
         x, # `(B, C_in, H, W)`
     )->Tensor: # `(B, C_out, H/stride, W/stride)`
-        "The block, with its memory saved if wanted."
-        return (cp.checkpoint(self.residual, x, use_reentrant=False) if self.with_cp and x.requires_grad
-                else self.residual(x))
+        "The block; with `with_cp` its inside is computed again in the backward pass, to save memory."
+        again = self.with_cp and x.requires_grad
+        return cp.checkpoint(self.residual, x, use_reentrant=False) if again else self.residual(x)
 
-# %% ../../nbs/04_backbones/02_efficientnet.ipynb #47f8fb0b
+# %% ../../nbs/04_backbones/02_efficientnet.ipynb #a89bab0e
 class InvertedResidual(ThinResidual):
     "Widen, look around, weigh, and narrow without activation (Sandler et al., 2018)."
     parts = 'expand_conv','depthwise_conv','se','linear_conv'
@@ -52,7 +52,9 @@ class InvertedResidual(ThinResidual):
         stride:int=1,        # of the depthwise convolution, 1 or 2
         se_cfg=None,         # settings of an `SELayer` in the middle, or None
         with_expand_conv:bool=True, # False: the input is as wide as the middle
-        conv_cfg=None, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'), # recipes
+        conv_cfg=None,       # recipe of the convolutions
+        norm_cfg=dict(type='BN'),  # recipe of the norms
+        act_cfg=dict(type='ReLU'), # recipe of the activations
         drop_path_rate:float=0., # chance of an image to skip the block
         with_cp:bool=False,  # compute the inside again in the backward pass, to save memory
         init_cfg=None,       # start of the weights
@@ -82,7 +84,9 @@ class EdgeResidual(ThinResidual):
         stride:int=1,        # of the second convolution, as in the zoo
         se_cfg=None,         # settings of an `SELayer` in the middle, or None
         with_residual:bool=True, # add the input where shapes agree
-        conv_cfg=None, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'), # recipes
+        conv_cfg=None,       # recipe of the convolutions
+        norm_cfg=dict(type='BN'),  # recipe of the norms
+        act_cfg=dict(type='ReLU'), # recipe of the activations
         drop_path_rate:float=0., # chance of an image to skip the block
         with_cp:bool=False,  # as in `InvertedResidual`
         init_cfg=None,       # start of the weights
@@ -165,7 +169,7 @@ def check_layers(
 ):
     "Settings that have no answer get a sentence."
     if arch not in scales: raise ValueError(f'{name}: arch={arch!r}{nearest(arch, scales)}')
-    if not set(out_indices) <= set(range(7)):
+    if not out_indices or not set(out_indices) <= set(range(7)):
         raise ValueError(f'{name}: out_indices={out_indices}; layers are 0 (stem) to 6 (head)')
     if frozen not in range(-1, 8):
         raise ValueError(f'{name}: frozen_stages={frozen}; it counts layers, 0 to 7')

@@ -79,7 +79,8 @@ class HourglassNet(nn.Module):
         stage_blocks=(2, 2, 2, 2, 2, 4), # blocks of each size
         feat_channel:int=256,    # of the maps given
         norm_cfg=dict(type='BN', requires_grad=True), # of the norms outside the hourglasses
-        pretrained=None, init_cfg=None, # where weights come from
+        pretrained=None,         # file or address of weights
+        init_cfg=None,           # where weights come from
     ):
         super().__init__()
         check_stacks(downsample_times, num_stacks, stage_channels, stage_blocks)

@@ -54,7 +54,7 @@ class ChainBottleneck(Bottleneck):
         width = math.floor(planes*(base_width/base_channels))
         super().__init__(inplanes, planes, stride, dilation, downsample, style, conv_cfg=conv_cfg,
                          norm_cfg=norm_cfg, width=width*scales, **kwargs)
-        del self.conv2; delattr(self, self.steps[1][1])
+        del self.conv2; delattr(self, self.steps[1][1])     # the chain takes their place
         cfg,middle = middle_cfg(dcn, conv_cfg),stride if style == 'pytorch' else 1
         settings = dict(stride=middle, padding=dilation, dilation=dilation, bias=False)
         self.convs = nn.ModuleList(build_conv_layer(cfg, width, width, 3, **settings)

@@ -91,7 +91,7 @@ class SplitBottleneck(Bottleneck):
         average = avg_down_stride and middle > 1
         self.conv2 = SplitAttentionConv2d(width, width, 3, 1 if average else middle, dilation, dilation,
                                           groups, radix, reduction_factor, conv_cfg, norm_cfg, dcn)
-        delattr(self, self.steps[1][1])
+        delattr(self, self.steps[1][1])                     # the split attention has its own norms
         self.avd_layer = nn.AvgPool2d(3, middle, padding=1) if average else None
 
     def step(self,

@@ -32,8 +32,7 @@ def vgg_layers(
     return layers if with_last_pool else layers[:-1]
 
 # %% ../../nbs/04_backbones/11_ssd_vgg.ipynb #c0def75d
-def classifier_layers(
-)->list: # of layers: a pooling that keeps the size, `fc6` and `fc7`
+def classifier_layers()->list: # of layers: a pooling that keeps the size, `fc6` and `fc7`
     "VGG's two linear layers as convolutions at every place of the map."
     return [nn.MaxPool2d(3, 1, 1),
             nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.ReLU(inplace=True),
@@ -64,13 +63,15 @@ class SSDVGG(nn.Module):
         ceil_mode:bool=True,        # a pooling of an odd size rounds up
         out_indices=(3, 4),         # accepted, not used
         out_feature_indices=(22, 34), # numbers of the layers whose maps are given
-        pretrained=None, init_cfg=None, # where weights come from
-        input_size=None, l2_norm_scale=None, # of old configs; a warning, the norm belongs to `SSDNeck`
+        pretrained=None,            # file or address of weights
+        init_cfg=None,              # where weights come from
+        input_size=None,            # of old configs; not used, a warning
+        l2_norm_scale=None,         # of old configs; a warning, the norm belongs to `SSDNeck`
     ):
         super().__init__()
         check_ssd_vgg(depth, input_size, l2_norm_scale)
         layers = vgg_layers(depth, with_last_pool, ceil_mode) + classifier_layers()
-        if max(out_feature_indices) >= len(layers):
+        if not out_feature_indices or not set(out_feature_indices) <= set(range(len(layers))):
             raise ValueError(f'SSDVGG: out_feature_indices={out_feature_indices}; there are layers 0 to '
                              f'{len(layers)-1}')
         self.features,self.out_feature_indices = nn.Sequential(*layers),out_feature_indices

@@ -16,13 +16,13 @@ from .resnet import ARCHS, Bottleneck, ResNet, res_layer
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #688c4df1
 class TridentConv(nn.Module):
-    "One weight, used with the holes that the caller wants."
+    "One weight, used with the dilation of the branch that the caller names."
     def __init__(self,
         in_channels:int,         # of the input
         out_channels:int,        # of the output
         kernel_size:int,         # odd
         stride=1,                # of all branches
-        trident_dilations=(1, 2, 3), # holes of the branches; the padding keeps the size
+        trident_dilations=(1, 2, 3), # of the branches; the padding keeps the size
         bias:bool=False,         # one for all
     ):
         super().__init__()
@@ -97,7 +97,7 @@ class TridentBottleneck(Bottleneck):
 def check_trident(
     num_stages,        # of the net: 3
     num_branch:int,    # branches
-    trident_dilations, # holes, one a branch
+    trident_dilations, # one a branch
     test_branch_idx:int, # -1 to `num_branch - 1`
 ):                     # nothing; `ValueError` with a sentence
     "Settings that have no answer get a sentence."
@@ -120,7 +120,7 @@ class TridentResNet(ResNet):
         depth:int,           # 50, 101 or 152
         num_branch:int,      # branches
         test_branch_idx:int, # the branch of a test; -1: all
-        trident_dilations,   # holes, one a branch
+        trident_dilations,   # one a branch
         **kwargs,            # of `ResNet`; `num_stages` must be 3
     ):
         check_trident(kwargs.get('num_stages', 4), num_branch, trident_dilations, test_branch_idx)
