@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Member', 'DAMAGED', 'ArchiveError', 'safe_name', 'members_of_zip', 'ShortHeader', 'members_of_tar', 'Meter',
-           'write_member', 'copy_links', 'write_all', 'is_zip', 'unpack_into', 'extract', 'new_folder']
+           'write_member', 'copy_links', 'write_all', 'is_zip', 'in_one_sentence', 'unpack_into', 'extract',
+           'new_folder']
 
 # %% ../../nbs/02_data/10b_extract.ipynb #9aff325b
 import contextlib, errno, gzip, lzma, os, posixpath, shutil, stat, struct, tarfile, zipfile, zlib
@@ -171,16 +172,39 @@ def is_zip(
     "By its first letters; everything else is tried as a tar."
     with open(archive, 'rb') as f: return f.read(2) == b'PK'
 
+# %% ../../nbs/02_data/10b_extract.ipynb #10be8486
+@contextlib.contextmanager
+def in_one_sentence(
+    archive,     # path
+    root,        # `Path` of the folder that it is unpacked into
+    meter,       # `Meter`
+)->Iterator:     # a context
+    "Whatever a reader raises becomes an `ArchiveError` that names the archive."
+    try: yield
+    except ArchiveError as e: raise ArchiveError(f'{archive} is refused: {e}') from None
+    except FileExistsError as e:
+        name = os.path.relpath(e.filename, root)
+        raise ArchiveError(f'{archive} is refused: {name!r} is there twice.') from None
+    except DAMAGED as e:
+        why = (str(e).splitlines() or [''])[0].rstrip(':') or type(e).__name__
+        raise ArchiveError(f'{archive} is damaged, or no zip and no tar ({why:.80}). '
+                           'Download it again.') from None
+    except DownloadError: raise                                    # of `check_room`, a sentence already
+    except OSError as e:
+        why = f'the disk is full after {size_text(meter.bytes)}' if e.errno == errno.ENOSPC else e
+        raise ArchiveError(f'{archive} can not be unpacked: {why}.') from None
+
+# %% ../../nbs/02_data/10b_extract.ipynb #c5c5d37b
 def unpack_into(
     archive,   # path
     root,      # `Path` of an existing folder; nothing in it is overwritten
     max_bytes:int=200*2**30, # of all files together
     max_files:int=2_000_000, # files and folders
     max_ratio:float=200,     # growth, see `Meter`
-)->'Meter':    # what was written
+)->Meter:      # what was written
     "Unpack; on an error, what has been written stays."
     size = os.path.getsize(archive); meter = Meter(size, max_bytes, max_files, max_ratio)
-    try:
+    with in_one_sentence(archive, root, meter):
         if is_zip(archive):
             with zipfile.ZipFile(archive) as z:
                 claimed = sum(i.file_size for i in z.infolist())
@@ -190,18 +214,6 @@ def unpack_into(
         else:
             with tarfile.open(archive, tarinfo=ShortHeader) as t:
                 write_all(members_of_tar(t), root, meter)
-    except ArchiveError as e: raise ArchiveError(f'{archive} is refused: {e}') from None
-    except FileExistsError as e:
-        name = os.path.relpath(e.filename, root)
-        raise ArchiveError(f'{archive} is refused: {name!r} is there twice.') from None
-    except DAMAGED as e:
-        why = (str(e).splitlines() or [''])[0].rstrip(':') or type(e).__name__
-        raise ArchiveError(f'{archive} is damaged, or no zip and no tar ({why:.80}). '
-                           'Download it again.') from None
-    except DownloadError: raise
-    except OSError as e:
-        why = f'the disk is full after {size_text(meter.bytes)}' if e.errno == errno.ENOSPC else e
-        raise ArchiveError(f'{archive} can not be unpacked: {why}.') from None
     return meter
 
 # %% ../../nbs/02_data/10b_extract.ipynb #b8ea8a72

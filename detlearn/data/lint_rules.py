@@ -431,6 +431,7 @@ def polygon_extent(
     if not np.isfinite(points).all(): return None,'a polygon holds NaN or infinity'
     return (*points.min(0), *points.max(0)),''
 
+# %% ../../nbs/02_data/09b_lint_rules.ipynb #643918c0
 def runs_extent(
     seg:dict, # size (height, width), counts: a list, or COCO's letters
     size,     # width, height of the photo
@@ -450,6 +451,7 @@ def runs_extent(
     x,y,w,h = codec.toBbox(seg)
     return (x, y, x+w, y+h),''
 
+# %% ../../nbs/02_data/09b_lint_rules.ipynb #c90a3994
 def mask_extent(
     seg,    # polygons, or run lengths
     size,   # width, height of the photo

@@ -225,6 +225,7 @@ def check_ids_of(
         elif key == 'image_id': image = str(s.coco['images'][ids[a[key]]].get('file_name', ''))
     return image
 
+# %% ../../nbs/02_data/09_lint_sources.ipynb #bf923595
 def check_objects(
     s:Source,     # added to
     images:dict,  # id -> number
