@@ -2410,6 +2410,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                     'detlearn.data.yolo.read_data_yaml': ('02_data/yolo.html#read_data_yaml', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.read_labels': ('02_data/yolo.html#read_labels', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.read_line': ('02_data/yolo.html#read_line', 'detlearn/data/yolo.py'),
+                                    'detlearn.data.yolo.say_lost': ('02_data/yolo.html#say_lost', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.shares_of': ('02_data/yolo.html#shares_of', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.to_annotation': ('02_data/yolo.html#to_annotation', 'detlearn/data/yolo.py'),
                                     'detlearn.data.yolo.write_yolo': ('02_data/yolo.html#write_yolo', 'detlearn/data/yolo.py'),

@@ -69,6 +69,7 @@ def from_middle(
     if classes is None:
         seen = [array_in(p.get('ann', {}), 'labels', (), place(i)).max(initial=-1)
                 for i,p in enumerate(photos)]
+        # a label in the billions is an error, below, and must not become a list
         classes = [str(k) for k in range(min(int(max(seen, default=-1)), 99_999) + 1)]
     out = dict(images=[], annotations=[],
                categories=[dict(id=k+1, name=c) for k,c in enumerate(classes)])

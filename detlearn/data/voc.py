@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Element', 'TreeMaker', 'read_xml', 'number_in', 'read_object', 'read_voc', 'find_photo', 'photo_size',
-           'voc_lists', 'XMLDataset', 'names_of', 'say_unseen', 'voc_text', 'write_voc', 'VOCDataset']
+           'names_of', 'say_unseen', 'voc_lists', 'XMLDataset', 'voc_text', 'write_voc', 'VOCDataset']
 
 # %% ../../nbs/02_data/02_voc.ipynb #2e027bff
 import os, warnings, xml.sax
@@ -76,8 +76,7 @@ def read_xml(
                               'no annotation needs that, and it is refused.') from None
     except xml.sax.SAXParseException as e:
         raise AnnotationError(f'{path}:{e.getLineNumber()}:{e.getColumnNumber()+1}: no xml: '
-                              f'{e.getMessage()}. '
-                              'Is the file cut short?') from None
+                              f'{e.getMessage()}. Is the file cut short?') from None
     except (AnnotationError, LookupError, ValueError) as e:
         raise AnnotationError(f'{path}: no xml: {e}.') from None
     return tree.root
@@ -154,6 +153,34 @@ def photo_size(
     except Exception as e:
         raise AnnotationError(f'{path}: no image whose size can be read ({str(e):.60}).') from None
 
+# %% ../../nbs/02_data/02_voc.ipynb #37e27804
+def names_of(
+    ann_file, # text file with one name a line, or None
+    folder,   # with the xml files
+)->list:      # names without ending, each once
+    "Which photos belong to the set."
+    if ann_file is None:
+        if not folder.is_dir():
+            raise FileNotFoundError(no_such_file(folder, 'img_prefix and ann_subdir'))
+        return sorted(p.stem for p in folder.glob('*.xml'))
+    path = Path(ann_file)
+    if not path.is_file(): raise FileNotFoundError(no_such_file(path, 'ann_file and data_root'))
+    lines = [(i, l.strip()) for i,l in enumerate(path.read_text(errors='replace').splitlines(), 1)
+             if l.strip()]
+    for i,name in lines: check_name(name, f'{path}:{i}')
+    return list(dict.fromkeys(name for _,name in lines))
+
+def say_unseen(
+    files:dict, # name: what `read_voc` gave
+    classes,    # names that are asked for
+    folder,     # for the sentence
+):              # warns
+    "A class that no object has may be a slip of the pen."
+    found = {o['name'] for f in files.values() for o in f['objects']}
+    for c in classes:
+        if found and c not in found:
+            warnings.warn(f'{folder}: no object is called {c!r}{nearest(c, sorted(found))}')
+
 # %% ../../nbs/02_data/02_voc.ipynb #2562ff8c
 def voc_lists(
     files:dict,   # name: what `read_voc` gave, with `file_name` put in
@@ -210,7 +237,7 @@ class XMLDataset(CocoDataset):
                 found['width'],found['height'] = photo_size(whole + find_photo(whole))
             files[name] = found
         self.ann_file = ann_file or str(folder)
-        say_unseen(files, type(self).CLASSES is None and self.CLASSES or (), folder)
+        if type(self).CLASSES is None: say_unseen(files, self.CLASSES or (), folder)
         return voc_lists(files, self.CLASSES, self.origin, self.min_size)
 
     def photo_stem(self,
@@ -219,35 +246,6 @@ class XMLDataset(CocoDataset):
     )->str:         # path below `img_prefix`, without ending
         "Where the photo lies; a data set with other folders differs here alone."
         return f'{self.img_subdir}/{name}'
-
-# %% ../../nbs/02_data/02_voc.ipynb #b5223ad2
-def names_of(
-    ann_file, # text file with one name a line, or None
-    folder,   # with the xml files
-)->list:      # names without ending, each once
-    "Which photos belong to the set."
-    if ann_file is None:
-        if not folder.is_dir():
-            raise FileNotFoundError(no_such_file(folder, 'img_prefix and ann_subdir'))
-        return sorted(p.stem for p in folder.glob('*.xml'))
-    path = Path(ann_file)
-    if not path.is_file(): raise FileNotFoundError(no_such_file(path, 'ann_file and data_root'))
-    lines = [(i, l.strip()) for i,l in enumerate(path.read_text(errors='replace').splitlines(), 1)
-             if l.strip()]
-    for i,name in lines: check_name(name, f'{path}:{i}')
-    return list(dict.fromkeys(name for _,name in lines))
-
-# %% ../../nbs/02_data/02_voc.ipynb #d20c0579
-def say_unseen(
-    files:dict, # of `voc_lists`
-    classes,    # names that are asked for
-    folder,     # for the sentence
-):              # warns
-    "A class that no object has may be a slip of the pen."
-    found = {o['name'] for f in files.values() for o in f['objects']}
-    for c in classes:
-        if found and c not in found:
-            warnings.warn(f'{folder}: no object is called {c!r}{nearest(c, sorted(found))}')
 
 # %% ../../nbs/02_data/02_voc.ipynb #3c7b1dff
 def voc_text(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shares_of', 'read_line', 'read_labels', 'to_annotation', 'class_names', 'read_data_yaml', 'label_file',
-           'photos_below', 'photos_of', 'YOLODataset', 'is_outline', 'yolo_line', 'write_yolo']
+           'photos_below', 'photos_of', 'YOLODataset', 'is_outline', 'yolo_line', 'say_lost', 'write_yolo']
 
 # %% ../../nbs/02_data/03_yolo.ipynb #90ea6dac
 from pathlib import Path, PurePosixPath
@@ -208,6 +208,21 @@ def yolo_line(
     return ' '.join([str(label), *(f'{p/size[i % 2]:.9f}' for i,p in enumerate(v))])
 
 # %% ../../nbs/02_data/03_yolo.ipynb #a1f9b3e5
+def say_lost(
+    annotations, # of a COCO file
+    root,        # for the sentence
+):               # prints
+    "Count what the format can't hold."
+    crowds = sum(bool(a.get('iscrowd')) for a in annotations)
+    if crowds:
+        print(f'{root}: left out {crowds} crowd{"s"*(crowds != 1)}, which the format can not mark.')
+    boxed = sum(not is_outline(a) and bool(a.get('segmentation')) and not a.get('iscrowd')
+                for a in annotations)
+    if boxed:
+        masks = f'{boxed} mask{"s"*(boxed != 1)} of several parts or run lengths'
+        print(f'{root}: {masks} written as boxes.')
+
+# %% ../../nbs/02_data/03_yolo.ipynb #9e506a98
 def write_yolo(
     coco,                # images, annotations, categories; or a data set that has them in `.coco`
     root,                # folder that gets `data.yaml` and `labels/SPLIT`; photos go to `images/SPLIT`
@@ -218,14 +233,7 @@ def write_yolo(
     label = {c['id']: i for i,c in enumerate(coco['categories'])}
     lines = {im['id']: [] for im in coco['images']}
     sizes = {im['id']: (im['width'], im['height']) for im in coco['images']}
-    crowds = sum(bool(a.get('iscrowd')) for a in coco['annotations'])
-    if crowds:
-        print(f'{root}: left out {crowds} crowd{"s"*(crowds != 1)}, which the format can not mark.')
-    boxed = sum(not is_outline(a) and bool(a.get('segmentation')) and not a.get('iscrowd')
-                for a in coco['annotations'])
-    if boxed:
-        masks = f'{boxed} mask{"s"*(boxed != 1)} of several parts or run lengths'
-        print(f'{root}: {masks} written as boxes.')
+    say_lost(coco['annotations'], root)
     for a in coco['annotations']:
         if not a.get('iscrowd'):
             lines[a['image_id']].append(yolo_line(a, label[a['category_id']], sizes[a['image_id']]))
