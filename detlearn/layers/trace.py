@@ -19,9 +19,9 @@ from ..core.plot import GREY, draw_flow
 from .conv_module import ConvModule
 
 # %% ../../nbs/03_layers/08c_trace.ipynb #1a0c2402
-STEPS = dict(interpolate='resize', cat='concat', concat='concat', stack='stack', pad='pad',
-             max_pool2d='pool', avg_pool2d='pool', adaptive_avg_pool2d='pool',
-             adaptive_max_pool2d='pool', add='+', iadd='+', mul='×', sub='-') # functions that are drawn
+STEPS = dict(interpolate='resize', cat='concat', max_pool2d='pool', avg_pool2d='pool',
+             adaptive_avg_pool2d='pool', adaptive_max_pool2d='pool', add='+', iadd='+', mul='×',
+             sub='-', setitem='write') # functions that are drawn by another name than their own
 MOVES = 'resize','pool' # those that are drawn with one input too
 POOLS = nn.MaxPool2d,nn.AvgPool2d # layers without weights that are drawn although the size stays
 
@@ -51,7 +51,7 @@ class Trace(TorchFunctionMode):
 
     def add(self,
         out:torch.Tensor, # result of the step
-        kind:str,         # class of the layer, or one of `STEPS`
+        kind:str,         # class of the layer, or what a function is called
         sources,          # names of the steps whose results it used
         name=None,        # of the step; default: its kind and a number
         batch:int=0,      # axis of the images, which is left out of the shape
@@ -65,7 +65,7 @@ class Trace(TorchFunctionMode):
         return name
 
     def rearranged(self,
-        kind:str,         # one of `STEPS`
+        kind:str,         # what a function is called
         sources,          # names of the steps whose results it used
         out:torch.Tensor, # its result
     )->bool:              # True for pixels that were moved into channels
@@ -73,12 +73,13 @@ class Trace(TorchFunctionMode):
         return kind == 'concat' and len(sources) == 1 and out.shape[2:] != self.nodes[sources[0]][1][1:]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        name = getattr(func, '__name__', '').strip('_')
+        out,name = func(*args, **(kwargs or {})),getattr(func, '__name__', '').strip('_')
+        given = args[0] if name == 'setitem' else out              # `a[i] = b` changes `a`
+        outs = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
         if self.inside or not outs or name.startswith('new_') or name.endswith('_like'): return out
-        sources,kind = self.sources((args, kwargs)),STEPS.get(name)
-        if kind and (len(sources) > 1 or kind in MOVES or self.rearranged(kind, sources, outs[0])):
+        sources = self.sources(args[:1] if name.endswith('_as') else (args, kwargs))
+        kind = STEPS.get(name, name)
+        if len(sources) > 1 or kind in MOVES or self.rearranged(kind, sources, outs[0]):
             self.homes[self.add(outs[0], kind, sources)] = self.calls[-1]
         elif sources:
             for t in outs: self.note(t, sources[0])                # a view, a part, an activation
@@ -227,7 +228,7 @@ def place_nodes(
 # %% ../../nbs/03_layers/08c_trace.ipynb #0d560a3f
 def step_text(
     name:str, # of the step
-    kind:str, # class of the layer, one of `STEPS`, or `'input'`
+    kind:str, # class of the layer, what a function is called, or `'input'`
     shape,    # of the result, without the batch
 )->str:       # two lines
     "Name and shape."
