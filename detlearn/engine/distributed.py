@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LAUNCHERS', 'STARTED_BY', 'found_launcher', 'first_host', 'translate', 'read_launcher', 'meet', 'init_dist', 'joined',
-           'first_here', 'same_everywhere', 'run_child', 'free_port', 'end_of', 'launch', 'why_unused',
+           'first_here', 'same_everywhere', 'run_child', 'meeting_place', 'end_of', 'launch', 'why_unused',
            'ExplainedParallel', 'build_ddp', 'share_norms', 'DistEvalHook', 'SyncBuffersHook']
 
 # %% ../../nbs/14_engine/13_distributed.ipynb #e6687c74
-import gc, importlib, inspect, os, socket, subprocess, sys, tempfile, time
+import gc, importlib, inspect, os, subprocess, sys, tempfile, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,9 +152,12 @@ def run_child(
     sys.stdout,sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
     exec(compile(code, '<launch>', 'exec'), {'__name__': '__main__'})
 
-def free_port()->int: # above 1024
-    "A port of this machine that nobody uses."
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+# %% ../../nbs/14_engine/13_distributed.ipynb #c87fab2f
+def meeting_place()->tuple: # the store, to be kept until all have ended; environment that leads to it
+    "A store of this process, at a port of its own, where others can meet."
+    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    return store,dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(store.port),
+                      TORCHELASTIC_USE_AGENT_STORE='True')
 
 # %% ../../nbs/14_engine/13_distributed.ipynb #cc248e8a
 def end_of(
@@ -174,15 +177,15 @@ def launch(
     n:int,       # processes
     code:str,    # Python; its arguments are in `sys.argv[1:]`
     *args,       # handed to each, as texts
-    timeout=120, # seconds
+    timeout=600, # seconds
 )->list:         # what each printed
     "Run your own code in several processes of this machine, as `torchrun` would; who fails is shown."
     import multiprocessing as mp
     child = importlib.import_module('detlearn.engine.distributed').run_child  # not that of a notebook
     ctx = mp.get_context('forkserver')
     ctx.set_forkserver_preload(['detlearn.engine.distributed', 'torch._dynamo'])
-    env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE=str(n))
-    rank = lambda i: dict(env, RANK=str(i), LOCAL_RANK=str(i))
+    store,where = meeting_place()
+    rank = lambda i: dict(os.environ, **where, WORLD_SIZE=str(n), RANK=str(i), LOCAL_RANK=str(i))
     with tempfile.TemporaryDirectory() as d:
         files = [Path(d)/str(i) for i in range(n)]
         given = [(code, [*map(str, args)], rank(i), str(f)) for i,f in enumerate(files)]
@@ -190,6 +193,7 @@ def launch(
         for p in processes: p.start()
         status = end_of(processes, timeout)
         out = [f.read_text() if f.exists() else '' for f in files]
+    del store  # the meeting is over
     bad = next((i for i,s in enumerate(status) if s), status.index(None) if None in status else None)
     if bad is None: return out
     raise RuntimeError(f'process {bad} ended with status {status[bad]} (None: too slow):\n'
