@@ -13,7 +13,7 @@ __all__ = ['sampler_of', 'place_of_loader', 'batches_from', 'get_dist_info', 'ga
 # %% ../../nbs/14_engine/05_runner.ipynb #64b55916
 import os, signal, time, warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -110,8 +110,9 @@ class StopAsked:
         self.asked,self.number,self.last = self.asked+1,number,now
         if self.asked > 1 or (alone and not self.busy): raise KeyboardInterrupt  # several: in `check`
         name = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
-        print(f'\n{name}: finishing this iteration, then saving. '
-              'Once more: stop at once, without saving.', flush=True)
+        with suppress(RuntimeError):  # it came in the middle of another print: the note counts
+            print(f'\n{name}: finishing this iteration, then saving. '
+                  'Once more: stop at once, without saving.', flush=True)
 
     def check(self):
         "Between two iterations: stop if it was asked for."
