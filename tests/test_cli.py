@@ -1,5 +1,5 @@
 "The command line, whole: on tiny toy photos, in processes of its own, with Ctrl-C in the middle, and with everything wrong that a user can get wrong."
-import json, os, re, shlex, signal, subprocess, sys, time, warnings
+import json, os, re, shlex, signal, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -16,14 +16,19 @@ TINY = ['data.samples_per_gpu=4', 'log_config.interval=1', 'evaluation.interval=
         'model.backbone.base_channels=8', 'model.neck.in_channels=[16,32,64]']
 
 
-def start(*words, **kw):
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
-    return subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=env, **kw)
+def start(*words, wait_at=''):
+    "With `wait_at`: at the first line that begins so it waits until it is asked to stop."
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1',
+               WAIT_AT=wait_at)
+    command = [sys.executable, str(ROOT/'tests/waiting_terminal.py')] if wait_at else COMMAND
+    return subprocess.Popen([*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=env)
 
 
-def run(*words, **kw):
-    p = start(*words, **kw); out, err = p.communicate(timeout=300)
+def run(*words):
+    with start(*words) as p:
+        try: out, err = p.communicate(timeout=1800)
+        except BaseException: p.kill(); raise
     return p.returncode, out, err
 
 
@@ -61,7 +66,7 @@ def test_train_leaves_everything(trained, toys):
             'index.html'} <= {p.name for p in work.iterdir()}
     metrics = json.loads((work/'metrics.json').read_text())
     assert {'AP', 'AP50', 'AP75', 'per_class', 'seconds', 'cpu_seconds', 'peak_memory'} <= set(metrics)
-    assert (set(metrics['per_class']) == {'circle', 'square', 'triangle'} and metrics['cpu_seconds'] > 1
+    assert (set(metrics['per_class']) == {'circle', 'square', 'triangle'} and metrics['cpu_seconds'] > 0
             and metrics['images'] == 4)
     page = (work/'index.html').read_text(encoding='utf-8')
     assert 'http' not in page and page.count('data:image') == 3 and 'adamw_cosine.py' in page
@@ -139,17 +144,17 @@ def test_ctrl_c_saves_and_resume_goes_on(toys, tmp_path):
     settings = [*TINY[:-2], *TINY[-2:], 'data.samples_per_gpu=2', 'runner.max_epochs=3']
     words = ['train', 'toy/retinanet_demo', '--data', toys, '--work-dir', work, '--device', 'cpu',
              '--set', *settings]
-    p, text = start(*words), ''
+    p, text = start(*words, wait_at='Epoch [2][1/4]'), ''
     for line in p.stdout:
         text += line
         if line.startswith('Epoch [2][1/4]'): p.send_signal(signal.SIGINT)
-    err = p.stderr.read(); assert p.wait(timeout=400) == 130, (text, err)
+    err = p.stderr.read(); assert p.wait(timeout=1800) == 130, (text, err)
     assert ('Traceback' not in err and (work/'interrupted.pth').exists()
             and not (work/'metrics.json').exists())
     command = re.search('resume with: detlearn (.*)', text)[1]
     assert '--resume' in command
     at = torch.load(work/'interrupted.pth', weights_only=True)['meta']
-    assert at['epoch'] == 1 and at['inner_iter'] >= 1
+    assert (at['epoch'], at['inner_iter']) == (1, 1)
     status, out, err = run(*shlex.split(command)); assert status == 0, err
     assert 'resumed from' in out and 'Epoch [3][4/4]' in out and 'Epoch [1]' not in out
     assert (work/'metrics.json').exists()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def loader(workers=0): return toy_loader(num_workers=workers)
 
 
-def make(folder, epochs=5, pause=0, seed=0, by_epoch=True, interval=1):
+def make(folder, epochs=5, until=0, seed=0, by_epoch=True, interval=1):
     net = ToyNet(seed)
     runner = EpochBasedRunner(net, torch.optim.AdamW(net.parameters(), .02), folder,
                               dict(CLASSES=ToyPhotos.CLASSES), epochs)
@@ -29,15 +29,18 @@ def make(folder, epochs=5, pause=0, seed=0, by_epoch=True, interval=1):
                                    dict(interval=interval, by_epoch=by_epoch),
                                    dict(interval=2, hooks=[dict(type='TextLoggerHook')]))
     runner.register_hook(EMAHook(.2, warm_up=1))
-    if pause: runner.register_hook(Pause(pause))
+    if until: runner.register_hook(Wait(until))
     return runner
 
 
-class Pause(hooks.Hook):
+class Wait(hooks.Hook):
+    "In one iteration, say so and wait until a signal has come: however slow the machine, it comes there."
     priority = 'LOWEST'
-    def __init__(self, seconds): self.seconds = seconds
+    def __init__(self, until): self.until = until
     def after_train_iter(self, runner):
-        print(f'iteration {runner.iter+1}', flush=True); time.sleep(self.seconds)
+        if runner.iter+1 != self.until: return
+        print('here', flush=True)
+        while not runner.stop.asked: time.sleep(.01)
 
 
 def same(a, b):
@@ -65,22 +68,22 @@ def test_runner_is_the_loop(tmp_path):
 CHILD = '''
     import sys; sys.path[:0] = [{tests!r}, {root!r}]
     import torch, test_engine as t
-    runner = t.make({folder!r}, pause={pause}, by_epoch=False, interval={interval}); torch.manual_seed(1)
+    runner = t.make({folder!r}, until={until}, by_epoch=False, interval={interval}); torch.manual_seed(1)
     try: runner.run(t.loader())
     except KeyboardInterrupt: sys.exit(130)
 '''
 
 
-def child(folder, until, sign, pause=.15, interval=1):
-    "Train in another process; send it a signal when it has come so far."
+def child(folder, until, sign, interval=1):
+    "Train in another process; send it a signal in the iteration `until`."
     code = textwrap.dedent(CHILD.format(tests=str(Path(__file__).parent), root=str(ROOT),
-                                        folder=str(folder), pause=pause, interval=interval))
+                                        folder=str(folder), until=until, interval=interval))
     p = subprocess.Popen([sys.executable, '-u', '-c', code], stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     out = ''
     for line in p.stdout:
         out += line
-        if line.strip() == f'iteration {until}': p.send_signal(sign)
+        if line.strip() == 'here': p.send_signal(sign)
     return p.wait(), out
 
 

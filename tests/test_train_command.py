@@ -1,13 +1,17 @@
 """`detlearn train` in several processes, by the command alone: `torchrun` starts it, one process is killed, Ctrl-C is pressed, it is started wrongly."""
-import json, os, re, shlex, shutil, signal, subprocess, sys, time
+import json, os, re, shlex, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from detlearn.core.shapes import ToyShapes, to_coco
-from detlearn.engine.distributed import free_port
+from detlearn.engine.distributed import meeting_place
 from detlearn.engine.loggers import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = [sys.executable, '-m', 'detlearn.apis.cli']
+WAITING = str(ROOT/'tests'/'waiting_terminal.py')
+# a port that the system gives; nobody can take it before torchrun does
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--rdzv-backend', 'c10d',
+            '--rdzv-endpoint', '127.0.0.1:0', '--local-addr', '127.0.0.1']
 COMMON = ['data.workers_per_gpu=0', 'log_config.interval=1', 'evaluation.interval=2',
           'model.backbone.base_channels=8', 'model.neck.in_channels=[16,32,64]',
           'model.backbone.norm_eval=True',
@@ -21,8 +25,8 @@ RICH = [*COMMON, 'optimizer.type=AdamW', 'data.workers_per_gpu=1',
 
 
 def many(n, *more):
-    return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master-port',
-            str(free_port()), '--monitor-interval', '0.1', *more, '-m', 'detlearn.apis.cli']
+    return [*TORCHRUN, '--nproc_per_node', str(n), '--monitor-interval', '0.1', *more, '-m',
+            'detlearn.apis.cli']
 
 
 def start(command, *words, **env):
@@ -34,15 +38,16 @@ def start(command, *words, **env):
 
 
 def train(folder, toys, photos, command=ONE, at=None, then=None, settings=SETTINGS):
-    "Run the command to its end; when a line of its output begins with `at`, call `then`."
+    "Run the command to its end; at the first line of its output that begins with `at` it waits, and `then` is called."
+    if at: command = [*command[:-2], WAITING]
     p = start(command, 'train', 'toy/retinanet_demo', '--data', toys, '--work-dir', folder, '--device',
-              'cpu', '--set', *settings, f'data.samples_per_gpu={photos}')
+              'cpu', '--set', *settings, f'data.samples_per_gpu={photos}', **(dict(WAIT_AT=at) if at else {}))
     out = ''
     try:
         for line in p.stdout:
             out += line
             if at and line.startswith(at): then(p); at = None
-        return p.wait(timeout=400), out
+        return p.wait(timeout=1800), out
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
 
@@ -139,9 +144,8 @@ def test_a_stopped_run_is_taken_up_by_the_command_that_it_prints(tmp_path, toys,
     assert (folder/'interrupted.pth').exists() and not (folder/'metrics.json').exists(), out
     command = re.search('resume with: torchrun (.*)', out)[1]
     assert command.startswith('--nproc_per_node 2 -m detlearn.apis.cli train')
-    p = start([sys.executable, '-m', 'torch.distributed.run', '--master-port', str(free_port())],
-              *shlex.split(command))
-    out, _ = p.communicate(timeout=400)
+    p = start(TORCHRUN, *shlex.split(command))
+    out, _ = p.communicate(timeout=1800)
     assert p.returncode == 0 and re.search(r'resumed from \S+interrupted.pth', out), out
     assert apart(outcome(folder)[0], one[0]) < 1e-5
 
@@ -185,7 +189,7 @@ def test_a_stopped_command_goes_on_exactly(tmp_path, toys, rich, sign, status):
     else:
         assert (folder/'interrupted.pth').exists()
         words = shlex.split(re.search('resume with: detlearn (.*)', out)[1])
-    p = start(ONE, *words); out, _ = p.communicate(timeout=400)
+    p = start(ONE, *words); out, _ = p.communicate(timeout=1800)
     assert p.returncode == 0 and 'resumed from' in out, out
     back = torch.load(folder/'epoch_5.pth', weights_only=True)
     # the work directory stands in the config
@@ -198,7 +202,7 @@ def test_a_stopped_command_goes_on_exactly(tmp_path, toys, rich, sign, status):
 
 def wrong(*starts, **kw):
     runs = [start(ONE, *words, **env) for env, *words in starts]
-    said = [p.communicate(timeout=400)[0] for p in runs]
+    said = [p.communicate(timeout=1800)[0] for p in runs]
     assert [p.returncode for p in runs] == [2]*len(runs), said
     assert not any('Traceback' in s for s in said), said
     return said
@@ -219,7 +223,8 @@ def test_a_command_for_one():
 
 
 def test_two_configs(tmp_path, toys):
-    common = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    store, where = meeting_place()  # kept to the end of the test
+    common = dict(where, WORLD_SIZE='2')
     words = ['train', 'toy/retinanet_demo', '--data', toys, '--work-dir', tmp_path/'w', '--device',
              'cpu', '--set', *SETTINGS]
     said = wrong((dict(common, RANK='0'), *words),
@@ -233,7 +238,7 @@ def test_two_configs(tmp_path, toys):
 def test_a_wrong_config_is_told(tmp_path, toys):
     p = start(many(2), 'train', 'toy/retinanet_demo', '--data', toys, '--work-dir', tmp_path/'w',
               '--set', 'model.bbox_head.num_clases=3')
-    out, _ = p.communicate(timeout=400)
+    out, _ = p.communicate(timeout=1800)
     # the tracebacks are torchrun's own
     assert (p.returncode == 1 and "detlearn train: " in out and "did you mean 'num_classes'" in out
             and str(ROOT/'detlearn') not in out), out
