@@ -209,6 +209,12 @@ def test_whole_part_needs_no_request(shelf, tmp_path):
     part.file.write_bytes(DATA)
     assert get(url, tmp_path) == DATA and shelf.log == []
 
+def test_whole_part_of_another_address(shelf, tmp_path):
+    "Without a fingerprint, too, the bytes of one address do not pass for those of another."
+    url = shelf.set(); part = Partial(tmp_path/'a.bin')
+    part.begin(url=url + '?old', tag='"v1"', total=len(OTHER)); part.file.write_bytes(OTHER)
+    assert get(url, tmp_path, None) == DATA and shelf.log == [(0, len(DATA))]
+
 def test_500_then_200(shelf, tmp_path):
     said = []
     assert get(shelf.set(dict(status=500), dict(status=503, headers={'Retry-After': '0'})), tmp_path,

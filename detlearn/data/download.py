@@ -265,7 +265,7 @@ def fetch(
 ):
     "Try until everything is there."
     failed,best = 0,partial.have
-    while not partial.whole:
+    while not (partial.whole and partial.version.get('url') == url):
         try:
             with ask(url, partial, timeout) as answer:
                 check_room(url, partial.file.parent, partial.version['total'], partial.have, size,
