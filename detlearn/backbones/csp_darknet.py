@@ -15,7 +15,7 @@ from ..layers.context import SPPBottleneck
 from ..layers.conv_module import ConvModule
 from ..layers.convolutions import DepthwiseSeparableConvModule
 from ..layers.initialize import initialize
-from .resnet import Freezable, chosen_maps
+from .resnet import Freezable, check_indices, chosen_maps
 
 # %% ../../nbs/04_backbones/10_csp_darknet.ipynb #62823313
 def to_channels(
@@ -160,8 +160,7 @@ class CSPDarknet(Freezable):
             raise ValueError(f'CSPDarknet: arch={arch!r}; choose from {list(self.archs)}')
         rows = arch_ovewrite or self.archs[arch]
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        if not out_indices or not set(out_indices) <= set(range(len(rows)+1)):
-            raise ValueError(f'CSPDarknet: out_indices={out_indices}; stages are 0 to {len(rows)}')
+        check_indices('CSPDarknet', len(rows)+1, out_indices, frozen_stages, len(rows))
         self.out_indices,self.frozen_stages = out_indices,frozen_stages
         self.norm_eval,self.init_cfg = norm_eval,init_cfg
         wide,self.layers = lambda c: int(c*widen_factor),['stem']

@@ -11,7 +11,7 @@ from ..core.registry import BACKBONES
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
 from .pretrained import own_rules, weights_from
-from .resnet import Freezable, chosen_maps
+from .resnet import Freezable, check_indices, chosen_maps
 
 # %% ../../nbs/04_backbones/09_darknet.ipynb #2a488b19
 class DarknetBlock(nn.Module):
@@ -69,8 +69,7 @@ class Darknet(Freezable):
         super().__init__()
         if depth not in self.archs:
             raise ValueError(f'Darknet: depth={depth}; choose from {sorted(self.archs)}')
-        if not out_indices or not set(out_indices) <= set(range(6)):
-            raise ValueError(f'Darknet: out_indices={out_indices}; stages are 0 to 5')
+        check_indices('Darknet', 6, out_indices, frozen_stages, 6)
         self.out_indices,self.frozen_stages,self.norm_eval = out_indices,frozen_stages,norm_eval
         self.init_cfg = weights_from(pretrained, init_cfg)
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)

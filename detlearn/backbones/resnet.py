@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'add_plugins', 'ResBlock', 'BasicBlock', 'middle_cfg', 'Bottleneck', 'res_layer', 'deep_stem', 'add_stem',
-           'stem_layers', 'stem_map', 'Freezable', 'start_weights', 'check_stages', 'check_resnet', 'stage_plugins',
-           'chosen_maps', 'ResNet', 'ResNetV1d']
+           'stem_layers', 'stem_map', 'Freezable', 'start_weights', 'check_indices', 'check_stages', 'check_resnet',
+           'stage_plugins', 'chosen_maps', 'ResNet', 'ResNetV1d']
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #747f3c29
 from torch import nn, Tensor
@@ -115,7 +115,8 @@ class BasicBlock(ResBlock):
         with_cp=False,   # see `ResBlock.forward`
         conv_cfg=None,   # recipe of the convolutions
         norm_cfg=dict(type='BN'), # recipe of the norms
-        dcn=None, plugins=None,   # for `Bottleneck` alone
+        dcn=None,        # for `Bottleneck` alone
+        plugins=None,    # for `Bottleneck` alone
     ):
         if dcn or plugins:
             raise ValueError('BasicBlock (ResNet-18, 34) takes neither dcn nor plugins, as in the zoo; '
@@ -274,6 +275,20 @@ def start_weights(
         if w is not None: nn.init.zeros_(w)                     # an instance norm has none
 
 # %% ../../nbs/04_backbones/01_resnet.ipynb #10d5f279
+def check_indices(
+    name:str,          # of the backbone, for the message
+    stages:int,        # how many it has, numbered from 0
+    out_indices,       # those whose maps are given, at least one
+    frozen_stages:int, # -1 to `most`
+    most:int,          # all are fixed
+):
+    "Maps that are not there, and more fixed stages than there are, get a sentence."
+    if not out_indices or not set(out_indices) <= set(range(stages)):
+        raise ValueError(f'{name}: out_indices={out_indices}; choose from {list(range(stages))}')
+    if frozen_stages not in range(-1, most+1):
+        raise ValueError(f'{name}: frozen_stages={frozen_stages}; choose -1 to {most}')
+
+# %% ../../nbs/04_backbones/01_resnet.ipynb #f861dd4d
 def check_stages(
     num_stages:int,    # 1 to 4
     out_indices,       # stages whose maps are given, 0 to `num_stages-1`
@@ -282,11 +297,7 @@ def check_stages(
 ):
     "Settings of stages that have no answer get a sentence."
     if not 1 <= num_stages <= 4: raise ValueError(f'ResNet: num_stages={num_stages}; choose 1 to 4')
-    if not out_indices or not set(out_indices) <= set(range(num_stages)):
-        raise ValueError(f'ResNet: out_indices={out_indices} for num_stages={num_stages}; '
-                         f'choose from {list(range(num_stages))}')
-    if frozen_stages not in range(-1, num_stages+1):
-        raise ValueError(f'ResNet: frozen_stages={frozen_stages}; choose -1 to {num_stages}')
+    check_indices('ResNet', num_stages, out_indices, frozen_stages, num_stages)
     for name,values in lists.items():
         if len(values) < num_stages:
             raise ValueError(f'ResNet: {name}={values} for num_stages={num_stages}; give one a stage')

@@ -20,7 +20,7 @@ from ..layers.drop import build_dropout, drop_rates
 from ..layers.initialize import initialize
 from ..layers.patches import PatchEmbed, PatchMerging, nchw_to_nlc, nlc_to_nchw
 from .pretrained import own_rules, weights_from
-from .resnet import Freezable
+from .resnet import Freezable, check_indices
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #1c7899f3
 def relative_index(
@@ -266,6 +266,7 @@ def check_swin(
     strides,        # of the patches, then between stages
     patch_size,     # number or pair
     out_indices,    # stages whose maps are given
+    frozen_stages:int=-1, # -1 to the number of stages
 ):
     "Settings that have no answer get a sentence."
     n = len(depths)
@@ -275,8 +276,7 @@ def check_swin(
     if _pair(patch_size)[0] != strides[0]:
         raise ValueError(f'SwinTransformer: strides[0]={strides[0]} must be patch_size={patch_size}, '
                          'patches do not overlap')
-    if not out_indices or not set(out_indices) <= set(range(n)):
-        raise ValueError(f'SwinTransformer: out_indices={out_indices}; choose from {list(range(n))}')
+    check_indices('SwinTransformer', n, out_indices, frozen_stages, n)
     for i,heads in enumerate(num_heads[:n]):
         if embed_dims*2**i % heads: raise ValueError(
             f'SwinTransformer: num_heads[{i}]={heads} must divide the {embed_dims*2**i} channels')
@@ -312,7 +312,7 @@ class SwinTransformer(Freezable):
         init_cfg=None,             # where weights come from
     ):
         super().__init__()
-        check_swin(embed_dims, depths, num_heads, strides, patch_size, out_indices)
+        check_swin(embed_dims, depths, num_heads, strides, patch_size, out_indices, frozen_stages)
         self.out_indices,self.frozen_stages = out_indices,frozen_stages
         self.convert_weights,self.init_cfg = convert_weights,weights_from(pretrained, init_cfg)
         self.patch_embed = PatchEmbed(in_channels, embed_dims, kernel_size=patch_size, stride=strides[0],
