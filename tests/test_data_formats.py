@@ -840,11 +840,8 @@ def shared_size(pids):
                          if l.startswith('Pss:'))
     return sum(map(pss, pids))/1024
 
-@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='needs /proc/PID/smaps_rollup')
-@pytest.mark.filterwarnings('ignore')
-def test_memory_of_four_workers_does_not_grow():
-    from torch.utils.data import DataLoader
-    n,per = 5000,20
+def many_objects(n, per, pipeline=()):
+    "A data set of `n` photos with `per` objects each, from memory."
     coco = dict(images=[dict(id=i, file_name=f'{i}.jpg', width=640, height=480) for i in range(n)],
                 categories=[dict(id=k+1, name=str(k)) for k in range(80)],
                 annotations=[dict(image_id=i, category_id=(i+j) % 80+1, bbox=[j, j, 50, 60],
@@ -852,11 +849,36 @@ def test_memory_of_four_workers_does_not_grow():
                                   for j in range(per)])
     class InMemory(CocoDataset):
         def load_annotations(self, ann_file): return coco
-    data = InMemory('memory', lambda r: len(list(r['ann_info']['masks']))); coco.clear()
+    data = InMemory('memory', pipeline); coco.clear()
+    return data
+
+def python_objects(root):
+    "How many Python objects hang on this one, each counted once; classes and functions not followed."
+    import gc, types
+    seen, left = {}, [root]
+    while left:
+        x = left.pop()
+        if id(x) in seen or isinstance(x, (type, types.ModuleType, types.FunctionType)): continue
+        seen[id(x)] = x; left += gc.get_referents(x)
+    return len(seen)
+
+@pytest.mark.filterwarnings('ignore')
+def test_no_python_object_for_an_object_of_a_photo():
+    "A worker that reads a Python object counts its reference, which copies its page; arrays are only read."
+    few, many = [python_objects(vars(many_objects(200, per))) for per in (2, 40)]
+    assert abs(many - few) < 200, (few, many)  # not even one more a photo
+
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='needs /proc/PID/smaps_rollup')
+@pytest.mark.filterwarnings('ignore')
+def test_memory_of_four_workers_does_not_grow():
+    "How pages are counted is the machine's business, so the bound is broad; the test above is exact."
+    from torch.utils.data import DataLoader
+    n,per = 5000,20
+    data = many_objects(n, per, lambda r: len(list(r['ann_info']['masks'])))
     loader = iter(DataLoader(data, 50, num_workers=4, collate_fn=sum, multiprocessing_context='fork'))
     pids = [w.pid for w in loader._workers] + [os.getpid()]
     seen = next(loader); before = shared_size(pids)
     # the last batches stay, so that the workers live
     for k in range(85): seen += next(loader)
     after = shared_size(pids); print(f'{before:.0f} -> {after:.0f} MiB'); del loader
-    assert seen == 86*50*per and after < 1.05*before
+    assert seen == 86*50*per and after < 1.5*before
