@@ -19,7 +19,8 @@ from ..core.structures import Detections
 from ..data.class_names import palette
 from ..data.coco import no_such_file
 from ..data.loader import collate
-from ..data.transforms import Compose, hwc, read_image, to_eight_bits
+from ..data.image_files import read_image, to_eight_bits
+from ..data.transforms import Compose, hwc
 from ..detectors.build import build_detector
 from ..engine.checkpoints import find_latest, load_checkpoint, read_file
 from ..evaluation.coco_eval import to_original
