@@ -1,4 +1,4 @@
-"""Weights that the configs name: each name is known, without fetching; downloads that break; files under foreign names.
+"""Weights that configs name: each name is known, without fetching; downloads that break; files under foreign names.
 
 The zoo's configs are the plain files of the wheel `mmdet==2.28.2`, see `test_zoo.py`.
 """
@@ -35,7 +35,8 @@ def sources(values):
     "Every place in a config that names weights."
     if isinstance(values, dict):
         for k, v in values.items():
-            if k in ('checkpoint', 'pretrained', 'teacher_ckpt', 'load_from') and isinstance(v, str): yield v
+            if k in ('checkpoint', 'pretrained', 'teacher_ckpt', 'load_from') and isinstance(v, str):
+                yield v
             yield from sources(v)
     elif isinstance(values, (list, tuple)):
         for v in values: yield from sources(v)
@@ -171,7 +172,8 @@ def test_forms_of_a_file(zipped, inside, tmp_path):
 def test_two_files_of_one_name_are_two(tmp_path):
     "`file://` is read where it is, so that no older copy takes its place."
     for n in (1, 2):
-        (tmp_path/str(n)).mkdir(); torch.save(dict(a=torch.full((2,), float(n))), tmp_path/str(n)/'x.pth')
+        (tmp_path/str(n)).mkdir()
+        torch.save(dict(a=torch.full((2,), float(n))), tmp_path/str(n)/'x.pth')
     assert [read_weights((tmp_path/str(n)/'x.pth').as_uri())['a'][0].item() for n in (1, 2)] == [1, 2]
 
 
@@ -199,7 +201,8 @@ def test_wrong_settings_of_a_file(tmp_path):
     for cfg, words in ((dict(type='Pretrained'), 'names no checkpoint'),
                        (dict(checkpoint=None, type='Pretrained'), 'names no checkpoint'),
                        (dict(checkpoint='x', prefx='backbone'), "'prefix'")):
-        with pytest.raises((ValueError, TypeError), match=words): load_part(small(), cfg, 'model.backbone')
+        with pytest.raises((ValueError, TypeError), match=words):
+            load_part(small(), cfg, 'model.backbone')
 
 
 # ---- files of others, rebuilt from the shapes that their networks have
@@ -214,7 +217,8 @@ def loads_whole(net, state, path, unexpected=()):
 def filled(net):
     torch.manual_seed(0)
     for k, v in net.state_dict().items():
-        if v.is_floating_point(): v.copy_(torch.rand_like(v) + .1 if 'var' in k else torch.randn_like(v)*.1)
+        if v.is_floating_point():
+            v.copy_(torch.rand_like(v) + .1 if 'var' in k else torch.randn_like(v)*.1)
     return net.eval()
 
 
@@ -245,3 +249,96 @@ def test_names_of_vgg(tmp_path):
     assert {k.split('.')[1] for k in report.missing} == {'31', '33'}
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(ours(x)[0], theirs.features[:23](x))
+
+
+def layer(name, *shape, bias=True):
+    "Weight and bias of one of the authors' layers."
+    return {f'{name}.weight': torch.randn(shape)} | ({f'{name}.bias': torch.randn(shape[0])} if bias
+                                                     else {})
+
+
+def pvt_file(v2, dims, ratios, sr=(8, 4, 2, 1)):
+    "A file of PVT's authors (whai362/PVT, `pvt.py` and `pvt_v2.py`), one block a stage."
+    state, before = {}, 3
+    for i, c in enumerate(dims, 1):
+        k, b, wide = (7 if i == 1 else 3) if v2 else (4 if i == 1 else 2), f'block{i}.0', c*ratios[i-1]
+        state |= layer(f'patch_embed{i}.proj', c, before, k, k) | layer(f'patch_embed{i}.norm', c)
+        if not v2:                      # the token of the class stands first in the last stage
+            state[f'pos_embed{i}'] = torch.randn(1, (56 >> i-1)**2 + (i == 4), c)
+        state |= layer(f'{b}.norm1', c) | layer(f'{b}.attn.q', c, c) | layer(f'{b}.attn.kv', 2*c, c)
+        if sr[i-1] > 1: state |= layer(f'{b}.attn.sr', c, c, *[sr[i-1]]*2) | layer(f'{b}.attn.norm', c)
+        state |= layer(f'{b}.attn.proj', c, c) | layer(f'{b}.norm2', c) | layer(f'{b}.mlp.fc1', wide, c)
+        if v2: state |= layer(f'{b}.mlp.dwconv.dwconv', wide, 1, 3, 3) | layer(f'norm{i}', c)
+        state |= layer(f'{b}.mlp.fc2', c, wide); before = c
+    if not v2: state |= layer('norm', c) | {'cls_token': torch.randn(1, 1, c)}
+    return state | layer('head', 10, c)
+
+
+@pytest.mark.parametrize('v2', [False, True])
+def test_names_of_pvts_authors(v2, tmp_path):
+    "Every tensor finds its place, and nothing is left over; the token of the class has none."
+    theirs = pvt_file(v2, (8, 16, 40, 64), (8, 8, 4, 4))
+    ours = BACKBONES.build(dict(type='PyramidVisionTransformer' + ('V2' if v2 else ''), embed_dims=8,
+                                num_layers=[1]*4))
+    report = loads_whole(ours, theirs, tmp_path/'x.pth')
+    assert len(report.loaded) == len(ours.state_dict())
+    at = lambda name: ours.state_dict()[name]
+    if not v2: assert torch.equal(at('layers.3.1.0.pos_embed'), theirs['pos_embed4'][:, 1:])
+    block = 'layers.1.1.0' if v2 else 'layers.1.1.1'
+    assert torch.equal(at(f'{block}.attn.attn.in_proj_weight')[32:],
+                       theirs['block2.0.attn.kv.weight'][16:])
+
+
+def swin_file(depths=(2, 2), c=8, heads=(1, 2), window=7):
+    "A file of Swin's authors (microsoft/Swin-Transformer, `swin_transformer.py`)."
+    state = layer('patch_embed.proj', c, 3, 4, 4) | layer('patch_embed.norm', c)
+    for i, (depth, h) in enumerate(zip(depths, heads)):
+        for j in range(depth):
+            b = f'layers.{i}.blocks.{j}'
+            if j % 2: state[f'{b}.attn_mask'] = torch.zeros(64, window**2, window**2)
+            state |= layer(f'{b}.norm1', c) | layer(f'{b}.attn.qkv', 3*c,
+                                                    c) | layer(f'{b}.attn.proj', c, c)
+            state[f'{b}.attn.relative_position_bias_table'] = torch.randn((2*window - 1)**2, h)
+            state[f'{b}.attn.relative_position_index'] = position_index(window)
+            state |= layer(f'{b}.norm2', c) | layer(f'{b}.mlp.fc1', 4*c,
+                                                    c) | layer(f'{b}.mlp.fc2', c, 4*c)
+        if i < len(depths) - 1:
+            down = f'layers.{i}.downsample'
+            state |= layer(f'{down}.reduction', 2*c, 4*c, bias=False) | layer(f'{down}.norm', 4*c)
+            c *= 2
+    return dict(model=state | layer('norm', c) | layer('head', 10, c))
+
+
+def position_index(w):
+    "Of each pair of places in a window, the row of the table, as in the paper's code."
+    y, x = torch.meshgrid(torch.arange(w), torch.arange(w), indexing='ij')
+    dy, dx = (v.flatten()[:, None] - v.flatten() + w - 1 for v in (y, x))
+    return dy*(2*w - 1) + dx
+
+
+SWIN = dict(type='SwinTransformer', embed_dims=8, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),
+            out_indices=(0, 1), convert_weights=True)
+
+
+def test_names_of_swins_authors(tmp_path):
+    "All but the norms of the maps, which a classifier lacks; pairs of places are numbered alike."
+    torch.save(swin_file(), tmp_path/'x.pth'); ours = BACKBONES.build(SWIN)
+    index = ours.state_dict()['stages.0.blocks.0.attn.w_msa.relative_position_index'].clone()
+    report = load_part(ours, dict(checkpoint=str(tmp_path/'x.pth')), 'backbone')
+    assert report.missing == ['norm0.weight', 'norm0.bias', 'norm1.weight', 'norm1.bias']
+    assert not report.unexpected and not report.reinitialised
+    assert torch.equal(index, position_index(7))
+
+
+def test_swin_with_windows_of_another_size(tmp_path):
+    "The tables of relative positions are stretched, as in the zoo; what is flat stays so."
+    state = swin_file()
+    for k, v in state['model'].items():
+        if 'bias_table' in k: v[:] = torch.arange(v.shape[1])
+    torch.save(state, tmp_path/'x.pth'); ours = BACKBONES.build(dict(SWIN, window_size=4))
+    report = load_part(ours, dict(checkpoint=str(tmp_path/'x.pth')), 'backbone')
+    assert not report.reinitialised and len(report.missing) == 4
+    table = ours.state_dict()['stages.1.blocks.0.attn.w_msa.relative_position_bias_table']
+    assert table.shape == (49, 2)
+    torch.testing.assert_close(table, torch.arange(2.).expand(49, 2), rtol=0, atol=1e-5)
+    assert ours(torch.randn(1, 3, 64, 64))[0].isfinite().all()

@@ -272,6 +272,7 @@ def pvt_weights(
         head,_,rest = k.partition('.')
         if head in ('head', 'cls_token', 'norm') or '.attn.kv.' in k: continue
         if '.attn.q.' in k: v = torch.cat([v, state[k.replace('.q.', '.kv.')]])
+        if head == 'pos_embed4' and 'cls_token' in state: v = v[:, 1:]  # the first is the token's
         name = pvt_part(head.rstrip('1234'), int(head[-1]) - 1, rest, positions)
         out[name] = v[..., None, None] if 'ffn' in name and v.dim() == 2 else v
     return out

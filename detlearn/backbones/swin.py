@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['START', 'SWIN_NAMES', 'relative_index', 'WindowMSA', 'cut', 'join', 'rolled_regions', 'shift_mask', 'ShiftWindowMSA',
            'SwinBlock', 'SwinStage', 'position_table', 'resized_rows', 'swin_stages', 'check_swin', 'SwinTransformer',
-           'merged_order', 'swin_weights']
+           'merged_order', 'swin_weights', 'fit_tables']
 
 # %% ../../nbs/04_backbones/13_swin.ipynb #fedd5874
+import math
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -339,8 +340,8 @@ class SwinTransformer(Freezable):
     def map_weights(self,
         state:dict, # names and tensors
     )->dict:        # our names
-        "With `convert_weights`, translate those of the authors."
-        return swin_weights(state) if self.convert_weights else state
+        "With `convert_weights`, translate those of the authors; tables get the size of the windows."
+        return fit_tables(swin_weights(state) if self.convert_weights else state, self.state_dict())
 
     def forward(self,
         x,       # `(B, 3, H, W)`
@@ -376,4 +377,21 @@ def swin_weights(
         if k.startswith('layers.'): k = 'stages.' + k.removeprefix('layers.')
         for a,b in SWIN_NAMES.items(): k = k.replace(a, b)
         out[k] = v
+    return out
+
+# %% ../../nbs/04_backbones/13_swin.ipynb #ff65c48a
+def fit_tables(
+    state:dict, # names and tensors of a file, with the zoo's names
+    own:dict,   # those of the net
+)->dict:        # those of the file, tables at the size of the net's
+    "Tables of relative positions for windows of another size."
+    out = dict(state)
+    for k,v in state.items():
+        if k not in own or not k.endswith(('position_index', 'bias_table')): continue
+        if k.endswith('index'): out[k] = own[k]                        # counted, not learned
+        elif own[k].shape != v.shape and own[k].shape[1] == v.shape[1]:
+            old,new = (math.isqrt(len(t)) for t in (v, own[k]))
+            maps = v.T.reshape(1, -1, old, old)
+            large = F.interpolate(maps, size=(new, new), mode='bicubic', align_corners=False)
+            out[k] = large[0].flatten(1).T
     return out
