@@ -225,7 +225,7 @@ FAMILY = ('ResNet', 'ResNetV1d', 'ResNeXt', 'Res2Net', 'ResNeSt', 'RegNet', 'Det
 
 @pytest.mark.parametrize('name', FAMILY)
 def test_plugins_in_every_place_deformed_and_saved(name):
-    "Each place has its plug-in, each stage its offsets; saving memory changes neither maps nor gradients."
+    "Each place has its plug-in, each stage its offsets; saving memory changes nothing."
     kw = {**SMALL[name][0], **({} if name == 'RegNet' else dict(depth=50)), 'norm_eval': False}
     if name == 'ResNetV1d': kw.update(two)
     n = len(BACKBONES[name](**kw).res_layers)
@@ -242,7 +242,7 @@ def test_plugins_in_every_place_deformed_and_saved(name):
         outs = live(net(image))
         sum(o.pow(2).mean() for o in outs).backward()
         assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
-        found.append([*outs, image.grad])
+        found.append([*outs, image.grad, *(b.float() for b in net.buffers())])
     blocks = [m for m in net.modules() if hasattr(m, 'behind')]
     assert (all(sorted(b.behind) == [1, 2, 3] for b in blocks)
             and any(hasattr(m, 'conv_offset') for m in net.modules()))

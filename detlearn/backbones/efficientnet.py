@@ -11,14 +11,13 @@ __all__ = ['PLAIN', 'EDGE', 'LITE', 'SCALES', 'LITE_SCALES', 'ThinResidual', 'In
 import importlib.util
 import math, re
 from torch import nn, Tensor
-import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES, nearest
 from ..layers.conv_module import ConvModule
 from ..layers.drop import DropPath, drop_rates
 from ..layers.initialize import initialize
 from ..layers.squeeze import SELayer
 from .pretrained import load_state, read_weights
-from .resnet import Freezable, chosen_maps
+from .resnet import Freezable, chosen_maps, computed_again
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #0cafbe4d
 class ThinResidual(nn.Module):
@@ -38,7 +37,7 @@ class ThinResidual(nn.Module):
     )->Tensor: # `(B, C_out, H/stride, W/stride)`
         "The block; with `with_cp` its inside is computed again in the backward pass, to save memory."
         again = self.with_cp and x.requires_grad
-        return cp.checkpoint(self.residual, x, use_reentrant=False) if again else self.residual(x)
+        return computed_again(self, self.residual, x) if again else self.residual(x)
 
 # %% ../../nbs/04_backbones/02_efficientnet.ipynb #a89bab0e
 class InvertedResidual(ThinResidual):

@@ -9,10 +9,9 @@ __all__ = ['TridentConv', 'each_branch', 'TridentBottleneck', 'check_trident', '
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-import torch.utils.checkpoint as cp
 from torch.nn.modules.utils import _pair
 from ..core.registry import BACKBONES
-from .resnet import ARCHS, Bottleneck, ResNet, res_layer
+from .resnet import ARCHS, Bottleneck, ResNet, computed_again, res_layer
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #688c4df1
 class TridentConv(nn.Module):
@@ -41,6 +40,7 @@ class TridentConv(nn.Module):
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #8abc1588
 def each_branch(
+    net,           # to which `of_branch` belongs
     of_branch,     # `f(map, branch)`
     maps,          # a map for each branch, or one for all
     branches,      # their numbers
@@ -50,7 +50,7 @@ def each_branch(
     maps = maps if isinstance(maps, list) else [maps]*len(branches)
     def run(m, i):
         if not (with_cp and m.requires_grad): return of_branch(m, i)
-        return cp.checkpoint(of_branch, m, i, use_reentrant=False)
+        return computed_again(net, of_branch, m, i)
     return [run(m, i) for m,i in zip(maps, branches)]
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #945a09d7
@@ -90,7 +90,7 @@ class TridentBottleneck(Bottleneck):
         "Every branch in training, the chosen one in a test."
         all_of_them = self.training or self.test_branch == -1
         branches = range(len(self.conv2.dilations)) if all_of_them else [self.test_branch]
-        outs = each_branch(self.of_branch, x, branches, self.with_cp)
+        outs = each_branch(self, self.of_branch, x, branches, self.with_cp)
         return torch.cat(outs) if self.concat_output else outs
 
 # %% ../../nbs/04_backbones/15_trident.ipynb #e018d115
