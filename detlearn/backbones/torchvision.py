@@ -6,6 +6,7 @@
 __all__ = ['side_and_channels', 'last_nodes', 'build_classifier', 'wanted_nodes', 'parts_before', 'TorchvisionBackbone']
 
 # %% ../../nbs/04_backbones/17_torchvision.ipynb #bfb74be0
+import copy
 import torch
 import torchvision
 from torch import nn
@@ -107,6 +108,14 @@ class TorchvisionBackbone(Freezable):
         "Fix what comes before the first maps, as `frozen_stages` says."
         for name in self.fixed:
             self.body.get_submodule(name).eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo):
+        twin = type(self).__new__(type(self)); memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(vars(self), memo))
+        twin.body.train(self.body.training)                # the graph of this mode
+        modes = {name: m.training for name,m in self.named_modules()}
+        for name,m in twin.named_modules(): m.training = modes.get(name, m.training)
+        return twin
 
     def map_weights(self,
         state:dict, # names and tensors, of torchvision or ours
