@@ -76,7 +76,7 @@ def doubling(
     upsample_cfg,  # recipe; `'deconv'` and `'pixel_shuffle'` need an `upsample_kernel`
 )->nn.Module:      # `(B, C, H, W)` to `(B, C, 2H, 2W)`
     "A layer that doubles a map."
-    cfg = dict(upsample_cfg)
+    cfg = dict(upsample_cfg or {})
     kind,k = cfg.pop('type', None),cfg.pop('upsample_kernel', None)
     if kind not in UPSAMPLINGS:
         raise ValueError(f'FPN_CARAFE: upsample_cfg type={kind!r}; choose one of {UPSAMPLINGS}')

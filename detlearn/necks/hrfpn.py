@@ -57,7 +57,7 @@ class HRFPN(nn.Module):
             raise ValueError(f"HRFPN: pooling_type={pooling_type!r}; choose 'AVG' or 'MAX'")
         self.in_channels,self.num_outs = list(in_channels),num_outs
         self.with_cp,self.init_cfg = with_cp,init_cfg
-        self.pooling = F.max_pool2d if pooling_type == 'MAX' else F.avg_pool2d
+        self.pooling_type = pooling_type
         self.reduction_conv = ConvModule(sum(in_channels), out_channels, 1, conv_cfg=conv_cfg,
                                          act_cfg=None)
         smooth = lambda: ConvModule(out_channels, out_channels, 3, stride, 1, conv_cfg=conv_cfg,
@@ -74,5 +74,6 @@ class HRFPN(nn.Module):
         again = self.with_cp and x.requires_grad
         x = (checkpoint(self.reduction_conv, x, use_reentrant=False) if again
              else self.reduction_conv(x))
-        levels = pooled_levels(x, self.num_outs, self.pooling)
+        pooling = F.max_pool2d if self.pooling_type == 'MAX' else F.avg_pool2d
+        levels = pooled_levels(x, self.num_outs, pooling)
         return tuple(conv(level) for conv,level in zip(self.fpn_convs, levels))
