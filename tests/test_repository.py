@@ -196,6 +196,14 @@ def test_links_lead_somewhere():
             assert (p.path.parent/link).exists(), f'{p.name} links to {link}, which is not there'
 
 
+def test_each_page_is_met_on_the_way():
+    "The front page and the glossary name all; a reader who follows the links of the other pages finds them, too."
+    way = [p for p in ALL if p.name not in ('index.ipynb', 'glossary.ipynb')]
+    met = {(p.path.parent/link).resolve() for p in way
+           for link in re.findall(r'\]\(([^)#:]+\.ipynb)', p.prose)}
+    assert [p.name for p in way if p.path.resolve() not in met] == ['00_tour.ipynb']
+
+
 def test_the_front_page_names_every_page():
     front = next(p for p in ALL if p.name == 'index.ipynb').prose
     missing = [p.name for p in ALL if p.name != 'index.ipynb' and f']({p.name})' not in front]
