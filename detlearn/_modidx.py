@@ -4691,6 +4691,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                     'detlearn.necks.fpn.FPN.extend': ('05_necks/fpn.html#fpn.extend', 'detlearn/necks/fpn.py'),
                                     'detlearn.necks.fpn.FPN.forward': ('05_necks/fpn.html#fpn.forward', 'detlearn/necks/fpn.py'),
                                     'detlearn.necks.fpn.FPN.merged': ('05_necks/fpn.html#fpn.merged', 'detlearn/necks/fpn.py'),
+                                    'detlearn.necks.fpn.channels_of': ('05_necks/fpn.html#channels_of', 'detlearn/necks/fpn.py'),
                                     'detlearn.necks.fpn.extra_channels': ('05_necks/fpn.html#extra_channels', 'detlearn/necks/fpn.py'),
                                     'detlearn.necks.fpn.extra_mode': ('05_necks/fpn.html#extra_mode', 'detlearn/necks/fpn.py'),
                                     'detlearn.necks.fpn.take_maps': ('05_necks/fpn.html#take_maps', 'detlearn/necks/fpn.py'),

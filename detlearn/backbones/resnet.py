@@ -17,6 +17,7 @@ import torch.utils.checkpoint as cp
 from ..core.registry import BACKBONES
 from .pretrained import own_rules, weights_from
 from ..layers.conv_module import build_conv_layer, build_norm_layer, upgrade_parts
+from ..layers.drop import DropBlock
 from ..layers.global_context import build_plugin_layer
 from ..layers.initialize import initialize
 
@@ -40,10 +41,12 @@ def add_plugins(
 # %% ../../nbs/04_backbones/01_resnet.ipynb #d23b0e6c
 @contextlib.contextmanager
 def statistics_kept(
-    net:nn.Module, # its batch norms normalise as they do, and note nothing
+    net:nn.Module, # its batch norms and `DropBlock`s do as they did, and note nothing
 )->Iterator:       # a context
     "The second look at a batch is not counted."
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in net.modules():
+        if isinstance(m, DropBlock) and m.training: m.steps -= 1  # it counts once more
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms: m.momentum,m.num_batches_tracked = 0.,None
     try: yield
@@ -309,6 +312,8 @@ def check_indices(
     most:int,          # all are fixed
 ):
     "Maps that are not there, and more fixed stages than there are, get a sentence."
+    if isinstance(out_indices, int):
+        raise TypeError(f'{name}: out_indices={out_indices}; give a tuple, ({out_indices},)')
     if not out_indices or not set(out_indices) <= set(range(stages)):
         raise ValueError(f'{name}: out_indices={out_indices}; choose from {list(range(stages))}')
     if frozen_stages not in range(-1, most+1):
@@ -337,6 +342,8 @@ def check_resnet(
 ):
     "A depth or a plug-in that has no answer gets a sentence."
     if depth not in archs: raise ValueError(f'ResNet: depth={depth}; choose from {sorted(archs)}')
+    if isinstance(plugins, dict):
+        raise TypeError(f'ResNet: plugins={plugins}; give a list of such dicts')
     for p in plugins or ():
         if p.get('position') not in ('after_conv1', 'after_conv2', 'after_conv3') or 'cfg' not in p:
             raise ValueError(f"ResNet: plugin {p} needs a cfg and a position, 'after_conv1', "

@@ -76,6 +76,9 @@ class DeformConv(nn.Module):
         self.padding,self.dilation = _pair(padding),_pair(dilation)
         self.in_channels,self.out_channels = in_channels,out_channels
         self.groups,self.deform_groups = groups,deform_groups
+        if in_channels % deform_groups:
+            raise ValueError(f'{type(self).__name__}: deform_groups={deform_groups} does not divide '
+                             f'in_channels={in_channels}')
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels//groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.start()

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
-from .fpn import take_maps
+from .fpn import channels_of, take_maps
 
 # %% ../../nbs/05_necks/03_channel_mapper.ipynb #302c7a0d
 def extra_bricks(
@@ -59,7 +59,7 @@ class ChannelMapper(nn.Module):
         init_cfg=dict(type='Xavier', layer='Conv2d', distribution='uniform'), # start of the weights
     ):
         super().__init__()
-        self.in_channels,self.init_cfg = list(in_channels),init_cfg
+        self.in_channels,self.init_cfg = channels_of(self, in_channels),init_cfg
         self.num_outs = outputs_of(num_outs, len(in_channels))
         cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         brick = lambda c: ConvModule(c, out_channels, kernel_size, padding=(kernel_size-1)//2, **cfg)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..core.registry import NECKS, nearest
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
-from .fpn import take_maps, used_levels
+from .fpn import channels_of, take_maps, used_levels
 
 # %% ../../nbs/05_necks/14_fpg.ipynb #ee39e315
 class EnlargedConv(nn.Module):
@@ -201,7 +201,7 @@ class FPG(nn.Module):
                        val=1.)],
     ):
         super().__init__()
-        self.in_channels,self.paths,self.init_cfg = list(in_channels),list(paths),init_cfg
+        self.in_channels,self.paths,self.init_cfg = channels_of(self, in_channels),list(paths),init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used,levels = self.in_channels[self.used],range(num_outs)
         c = grid_channels(inter_channels, out_channels, num_outs)

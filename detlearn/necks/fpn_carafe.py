@@ -13,7 +13,7 @@ from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
 from ..layers.upsample import UPSAMPLE_LAYERS, PixelShufflePack
-from .fpn import take_maps, used_levels
+from .fpn import channels_of, take_maps, used_levels
 
 # %% ../../nbs/05_necks/11_fpn_carafe.ipynb #2ee4ecfd
 def carafe(
@@ -115,7 +115,7 @@ class FPN_CARAFE(nn.Module):
         init_cfg=None,       # start of the weights; default: Xavier, and CARAFE's own
     ):
         super().__init__()
-        self.in_channels,self.num_outs,self.init_cfg = list(in_channels),num_outs,init_cfg
+        self.in_channels,self.num_outs,self.init_cfg = channels_of(self, in_channels),num_outs,init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used = self.in_channels[self.used]
         if num_outs < len(used):

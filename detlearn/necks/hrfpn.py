@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
-from .fpn import take_maps
+from .fpn import channels_of, take_maps
 
 # %% ../../nbs/05_necks/10_hrfpn.ipynb #83e99976
 def at_finest(
@@ -55,7 +55,7 @@ class HRFPN(nn.Module):
         super().__init__()
         if pooling_type not in ('AVG', 'MAX'):
             raise ValueError(f"HRFPN: pooling_type={pooling_type!r}; choose 'AVG' or 'MAX'")
-        self.in_channels,self.num_outs = list(in_channels),num_outs
+        self.in_channels,self.num_outs = channels_of(self, in_channels),num_outs
         self.with_cp,self.init_cfg = with_cp,init_cfg
         self.pooling_type = pooling_type
         self.reduction_conv = ConvModule(sum(in_channels), out_channels, 1, conv_cfg=conv_cfg,

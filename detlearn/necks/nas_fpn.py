@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
-from .fpn import take_maps, used_levels
+from .fpn import channels_of, take_maps, used_levels
 
 # %% ../../nbs/05_necks/12_nas_fpn.ipynb #ded0e1f6
 def fit(
@@ -143,7 +143,7 @@ class NASFPN(nn.Module):
         init_cfg=dict(type='Caffe2Xavier', layer='Conv2d'), # start of the weights
     ):
         super().__init__()
-        self.in_channels,self.init_cfg = list(in_channels),init_cfg
+        self.in_channels,self.init_cfg = channels_of(self, in_channels),init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used = self.in_channels[self.used]
         if num_outs != 5 or len(used) > 5:

@@ -12,7 +12,7 @@ from ..core.registry import NECKS
 from ..layers.conv_module import ConvModule
 from ..layers.deform_conv import DCNv2  # noqa: F401, registers the recipe's type
 from ..layers.initialize import initialize
-from .fpn import take_maps, used_levels
+from .fpn import channels_of, take_maps, used_levels
 from .channel_mapper import one_after_another
 from .nas_fpn import ConcatCell
 
@@ -67,7 +67,7 @@ class NASFCOS_FPN(nn.Module):
         init_cfg=None,       # start of the weights; default: Caffe2's Xavier
     ):
         super().__init__()
-        self.in_channels,self.init_cfg = list(in_channels),init_cfg
+        self.in_channels,self.init_cfg = channels_of(self, in_channels),init_cfg
         self.used = used_levels(len(in_channels), start_level, end_level)
         used = self.in_channels[self.used]
         if len(used) != 3 or num_outs < 3:

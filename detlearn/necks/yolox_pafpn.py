@@ -14,7 +14,7 @@ from ..core.registry import NECKS
 from ..backbones.csp_darknet import CSPLayer, conv_kind
 from ..layers.conv_module import ConvModule
 from ..layers.initialize import initialize
-from .fpn import take_maps
+from .fpn import channels_of, take_maps
 
 # %% ../../nbs/05_necks/06_yolox_pafpn.ipynb #bba2dc41
 def enlarge(
@@ -44,7 +44,8 @@ class YOLOXPAFPN(nn.Module):
                       mode='fan_in', nonlinearity='leaky_relu'),
     ):
         super().__init__()
-        self.in_channels,self.upsample_cfg,self.init_cfg = list(in_channels),dict(upsample_cfg),init_cfg
+        self.in_channels,self.init_cfg = channels_of(self, in_channels),init_cfg
+        self.upsample_cfg = dict(upsample_cfg)
         c,cfg = self.in_channels,dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg, act_cfg=act_cfg)
         csp = lambda a,b: CSPLayer(a, b, num_blocks=num_csp_blocks, add_identity=False,
                                    use_depthwise=use_depthwise, **cfg)
