@@ -251,3 +251,24 @@ def test_a_hundred_million_pairs_in_little_memory(assigner):
                          capture_output=True, text=True, check=True, timeout=300).stdout.split()
     assert int(out[0]) < 200, f'{out[0]} MB'
     assert int(out[1]) > 500
+
+
+AGAIN = '''
+import importlib, inspect, torch
+from detlearn.targets import hungarian_assigner as page
+from detlearn.targets.hungarian_assigner import cheapest_pairs
+assert inspect.isfunction(cheapest_pairs)  # a handle of an operator dies with its registration
+cost = torch.rand(2, 5, 3); before = cheapest_pairs(cost)
+for _ in range(3): importlib.reload(page)
+for f in (cheapest_pairs, page.cheapest_pairs): assert (f(cost) == before).all()
+torch.library.custom_op('detlearn::cheapest_pairs', lambda cost: 7*torch.ones(2), mutates_args=(),
+                        schema='(Tensor cost) -> Tensor')
+print(cheapest_pairs(cost).tolist())       # the newest is asked
+'''
+
+
+def test_an_operator_that_is_registered_anew_leaves_older_callers_alive():
+    "A page and the module made of it register the same operator in one process."
+    import subprocess
+    done = subprocess.run([sys.executable, '-c', AGAIN], capture_output=True, text=True, timeout=600)
+    assert done.stdout == '[7.0, 7.0]\n', (done.returncode, done.stderr)
