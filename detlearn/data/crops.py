@@ -263,7 +263,8 @@ def border_of(
 )->int:         # `border` divided by a power of two, less than half of `size`
     "How near to the edge the centre may come."
     share = 1
-    while share*size <= 2*border: share *= 2
+    while share*size < 2*border: share *= 2
+    if 2*border % size == 0: share *= 2       # once more where the side divides it, as in the zoo
     return border//share
 
 def centred(
